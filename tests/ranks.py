@@ -65,6 +65,7 @@ def start(
     deepspeed: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     apart: dict[int, list[str]] | None = None,
+    cwd: Path | None = None,
 ) -> Job:
     """Start a stage on several ranks on this machine's CPU.
 
@@ -79,6 +80,7 @@ def start(
         deepspeed: changes to the shipped DeepSpeed configuration, in which small parameters are sharded too.
         environment: further environment variables.
         apart: further overrides of some ranks.
+        cwd: current directory, by default that of this process.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     common = {
@@ -103,7 +105,7 @@ def start(
     for rank in range(ranks):
         own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
         given = ["run.device=cpu", *overrides, *(apart or {}).get(rank, [])]
-        arguments = (stage, config, given, own, fresh, stderr[rank])
+        arguments = (stage, config, given, own, fresh, stderr[rank], cwd or Path.cwd())
         processes.append(START.Process(target=_run, args=arguments))
     for process in processes:
         process.start()
@@ -157,9 +159,10 @@ def weights(run: Path, variant: str = VARIANT) -> dict[str, torch.Tensor]:
 
 
 def _run(
-    stage: str, config: Path, overrides: list[str], environment: dict[str, str], fresh: bool, stderr: Path
+    stage: str, config: Path, overrides: list[str], environment: dict[str, str], fresh: bool, stderr: Path, cwd: Path
 ) -> None:
     os.environ.update(environment)
+    os.chdir(cwd)
     from rarec.console.last_resort import guarded
     from rarec.entry import run_stage
 

@@ -52,7 +52,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])  # the others: tests/faults/kills.py
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_killed_again_and_again_it_ends_with_the_same_weights_bit_for_bit(decoder, undisturbed, tmp_path, engine):
     """kill -9 of a random rank at a random step; the others are ended as by a launcher."""
     whole, killed = undisturbed(engine), tmp_path / "killed"

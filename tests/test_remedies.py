@@ -11,7 +11,8 @@ import pytest
 
 from rarec.storage.artefacts import MANIFEST
 from tests.commands import Command, run_command
-from tests.faults.judge import Harm, Judge, snapshot
+from tests.faults.judge import Harm, Judge
+from tests.faults.world import snapshot
 from tests.remedies import Patient, Useless
 
 MINE = "the user's own words"
@@ -173,7 +174,7 @@ def test_a_remedy_that_is_carried_out_leads_to_success_and_loses_nothing_else(ti
     if case.equal:
         harm = Harm(name, command)
         original = snapshot(tiny_runs.state(case.state))
-        assert not list(Judge(tiny_runs, place, harm, original, {}, after, after).results()), followed
+        assert not list(Judge(tiny_runs, place, harm, original, after, after).results()), followed
 
 
 # ---- the reading of remedies

@@ -1,16 +1,19 @@
-"""Harms to files: things of the user's in rarec's way (`trees`), and files of rarec's that are damaged (`bytes`)."""
+"""Harms to files: of the user's, in rarec's way (`trees`); of rarec's, damaged (`bytes`); of bundles (`bundles`)."""
 
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.commands import Command
+from tests.commands import Command, Outcome
 from tests.faults.judge import Harm
-from tests.faults.world import FOLDERS, HALF, RUN, STAGES, UPTO, Draw, World, next_stage
+from tests.faults.surroundings import SURROUNDINGS
+from tests.faults.values import TEXTS, damage_bytes, odd_column, read_rows, write_rows
+from tests.faults.world import FOLDERS, HALF, RUN, STAGES, UPTO, Draw, World, next_stage, snapshot
 
 INSIDE: dict[str, str] = {
     ".": "prepare ids neighbours shards train evaluation bundle report llm cache notes.txt manifest.json config.yaml "
@@ -28,13 +31,7 @@ INSIDE: dict[str, str] = {
 }
 NAMES = [Path(folder, name).as_posix() for folder, names in INSIDE.items() for name in names.split()]
 """Names of rarec's, and names beside them, in which the user may have something, relative to `run.dir`."""
-PLACES = "prepare shards bundle log mine ids/id config.yaml resolved.yaml record.json prepare/config.yaml".split()
 TEXT = b"the user's own words\n"
-
-
-def _private(path: Path, place: Path) -> None:
-    path.write_bytes(TEXT)
-    path.chmod(0o600)
 
 
 def _directory(path: Path, place: Path) -> None:
@@ -54,7 +51,7 @@ def _link_to_directory(path: Path, place: Path) -> None:
 
 FILES: dict[str, Callable[[Path, Path], object]] = {
     "a file": lambda path, place: path.write_bytes(TEXT),
-    "a file of mode 0600": _private,
+    "a file of mode 0600": lambda path, place: (path.write_bytes(TEXT), path.chmod(0o600)),
     "an empty file": lambda path, place: path.touch(),
     "a JSON file": lambda path, place: path.write_text('{"kind": "prepare", "mine": true}\n'),
 }
@@ -70,9 +67,7 @@ PLANTS = FILES | {
 
 
 def plant(draw: Draw, world: World, place: Path) -> Harm:
-    """Put something of the user's where rarec writes, or inputs of the user's inside `run.dir`."""
-    if draw(st.integers(0, 4)) == 4:
-        return draw(st.sampled_from([_input_inside, _input_inside, _run_is_here]))(draw, world, place)
+    """Put something of the user's where rarec writes."""
     state = draw(st.sampled_from(["new", "finished", *UPTO]))
     world.copy(state, place)
     name, kind = draw(st.sampled_from(NAMES)), draw(st.sampled_from(list(PLANTS)))
@@ -98,68 +93,19 @@ def _topmost_new(path: Path, root: Path) -> Path:
     return new
 
 
-def _words(draw: Draw, folder: str, state: str, config: str = "config.yaml") -> list[str]:
+def _words(draw: Draw, folder: str, state: str) -> list[str]:
     """Return a command: the stage of a directory if its inputs exist, or another that is possible, or all."""
     stages = {made.split("/")[0]: stage for stage, folders in FOLDERS.items() for made in folders}
     stage = stages.get(folder.lstrip(".").split(".")[0])
     possible = STAGES if state == "finished" else STAGES[: STAGES.index(next_stage(state)) + 1]
     if stage not in possible or draw(st.integers(0, 2)) == 2:
         stage = draw(st.sampled_from([possible[-1], *possible, "run"]))
-    return [stage, config, *["--fresh"] * draw(st.booleans())]
-
-
-def _input_inside(draw: Draw, world: World, place: Path) -> Harm:
-    """Keep the log, the language model or the configuration in `run.dir`, under a name that rarec might take."""
-    world.copy("new", place)
-    mine, name = draw(st.sampled_from(["log", "llm", "config.yaml"])), draw(st.sampled_from(PLACES))
-    path, inside, top = place / RUN / name, f"run/{name}", f"run/{name.split('/')[0]}"
-    path.parent.mkdir(parents=True)
-    (place / mine).rename(path)
-    overrides = {
-        "log": [f"prepare.{table}.path={inside}/{table}.csv" for table in ("interactions", "items")],
-        "llm": [f"llm.path={inside}"],
-    }
-    config = inside if mine == "config.yaml" else "config.yaml"
-    words = [draw(st.sampled_from(["prepare", "run"])), config, *overrides.get(mine, [])]
-    return Harm(f"{mine} is {inside}", Command(words, str(place)), (path.name, top, mine), (top,))
-
-
-def _run_is_here(draw: Draw, world: World, place: Path) -> Harm:
-    """Run in the directory of the user's own files, or in a link to an empty directory."""
-    world.copy("new", place)
-    if draw(st.booleans()):
-        (place / RUN).mkdir()
-        planted = tuple(f"run/{name}" for name in ("log", "llm", "config.yaml"))
-        for path in planted:
-            (place / Path(path).name).rename(place / path)
-        command = Command(["prepare", "config.yaml", "run.dir=."], str(place / RUN))
-        return Harm("run.dir is the user's folder", command, ("run.dir", "config"), planted)
-    (place / "disk").mkdir()
-    (place / RUN).symlink_to("disk")
-    command = Command(["prepare", "config.yaml"], str(place))
-    return Harm("run.dir is a link to an empty directory", command, (RUN,), expect="any", elsewhere=True)
+    return [stage, "config.yaml", *["--fresh"] * draw(st.booleans())]
 
 
 # ---- bytes
 
 
-def _flip(draw: Draw, data: bytes, other: bytes) -> bytes:
-    changed = bytearray(data or b"\0")
-    changed[draw(st.integers(0, len(changed) - 1))] ^= 1 << draw(st.integers(0, 7))
-    return bytes(changed)
-
-
-DAMAGES: dict[str, Callable[[Draw, bytes, bytes], bytes]] = {
-    "one bit flipped": _flip,
-    "cut short": lambda draw, data, other: data[: draw(st.integers(0, len(data) - 1))] if data else b"{",
-    "emptied": lambda draw, data, other: b"",
-    "doubled": lambda draw, data, other: data * 2,
-    "a byte more": lambda draw, data, other: data + b"\n",
-    "noise": lambda draw, data, other: draw(st.randoms(use_true_random=False)).randbytes(max(8, len(data))),
-    "zeros": lambda draw, data, other: bytes(len(data)),
-    "another file's bytes": lambda draw, data, other: other,
-    "an empty list": lambda draw, data, other: b"[]",
-}
 REPLACED: dict[str, Callable[[Path], object]] = {
     "removed": lambda path: None,
     "a directory": Path.mkdir,
@@ -177,23 +123,22 @@ def damage(draw: Draw, world: World, place: Path) -> Harm:
         begun = Path(HALF[half])
         own = (f"{begun}/", f"{begun.with_name(f'.{begun.name}.fresh')}/")
         files = [path for path in files if path.relative_to(place / RUN).as_posix().startswith(own)]
-    path = draw(st.sampled_from(files))
-    what = ruin(draw, path, draw(st.sampled_from(files)))
+    path, what = ruin(draw, files)
     command = Command(_reader(draw, half, state), str(place))
     return Harm(f"{path.relative_to(place)}: {what} ({state})", command, (path.name, path.parent.name))
 
 
-def ruin(draw: Draw, path: Path, other: Path) -> str:
-    """Damage a file, or put something else in its place; return what was done."""
-    what: str = draw(st.sampled_from([*DAMAGES, *REPLACED, "mode 0"]))
-    if what in DAMAGES:
-        path.write_bytes(DAMAGES[what](draw, path.read_bytes(), other.read_bytes()))
-    elif what == "mode 0":
+def ruin(draw: Draw, files: list[Path]) -> tuple[Path, str]:
+    """Damage one of some files, or put something else in its place; return the file and what was done."""
+    path, kind = draw(st.sampled_from(files)), draw(st.sampled_from(["damaged", "damaged", *REPLACED, "mode 0"]))
+    if kind == "damaged":
+        return path, damage_bytes(draw, path, draw(st.sampled_from(files)))
+    if kind == "mode 0":
         path.chmod(0)
     else:
         path.unlink()
-        REPLACED[what](path)
-    return what
+        REPLACED[kind](path)
+    return path, kind
 
 
 def _reader(draw: Draw, half: str, state: str) -> list[str]:
@@ -205,3 +150,149 @@ def _reader(draw: Draw, half: str, state: str) -> list[str]:
     if stage == "recommend":
         return [stage, f"{RUN}/bundle", "--history", "i000,i001"]
     return [stage, "config.yaml", *options, *(fresh if stage in STAGES and not options else [])]
+
+
+# ---- bundles
+
+
+BUNDLE, LOG, NEW, OUT = f"{RUN}/bundle", "log/interactions.csv", "log/new.csv", f"{RUN}/out"
+HISTORY = f"recommend {BUNDLE} --history i000,i001"
+USER = f"recommend {BUNDLE} --log {LOG} --user"
+ALL = f"recommend {BUNDLE} --all --log {LOG} --out"
+ADD = f"items add {BUNDLE} {NEW} --out {OUT}"
+COMMANDS = {
+    "history": HISTORY,
+    "user": f"{USER} u001",
+    "parquet": f"{ALL} {OUT}.parquet",
+    "csv": f"{ALL} {OUT}.csv",
+    "jsonl": f"{ALL} {OUT}.jsonl",
+    "add": ADD,
+    "remove": f"items remove {BUNDLE} i003 i005 --out {OUT}",
+    "realign": f"realign {BUNDLE} config.yaml --least -9 --out {OUT}",
+    "vectors": f"export {BUNDLE} --to vectors --out {OUT}",
+    "hub": f"export {BUNDLE} --to hub --out {OUT}",
+}
+REFUSED = f"""
+{HISTORY} -k 0
+{HISTORY} -k -3
+{HISTORY} --device cuda:99
+{HISTORY} --llm log
+{HISTORY} --llm /nowhere
+{HISTORY} --user u001
+recommend {BUNDLE}
+recommend log --history i0
+recommend {RUN}/prepare --history i0
+recommend /no --history i0
+{ALL} {OUT}.xlsx
+{ALL} /proc/nowhere/out.csv
+{ADD} --vectors id
+{ADD} --vectors id={NEW}
+{ADD} --vectors id=log/items.csv
+items add {BUNDLE} log/items.csv --out {OUT}
+items remove {BUNDLE} nothing
+items remove {BUNDLE} {" ".join(f"i{item:03d}" for item in range(24))}
+export {BUNDLE} --to vectors
+export {BUNDLE} --to nothing --out {OUT}
+export {BUNDLE} --to vectors --out log
+export {BUNDLE} --to peft --out {OUT}
+realign {BUNDLE} config.yaml --least 1.01
+realign {BUNDLE} nowhere.yaml
+""".strip().splitlines()
+
+
+def harm_bundle(draw: Draw, world: World, place: Path) -> Harm:
+    """Harm a bundle, or what a command makes of it."""
+    _prepare(world, place)
+    command = _command(draw, place)
+    harms = [_damaged, _damaged, _in_the_way, _odd_table, _odd_argument, _surrounded]
+    return draw(st.sampled_from(harms))(draw, world, place, command)
+
+
+def _prepare(world: World, place: Path) -> None:
+    """Copy a finished run, and write a table of new items."""
+    world.copy("finished", place)
+    (place / NEW).write_text("item,title,brand\nn00,river lamp 1,RIVER\nn01,stone chair 2,STONE\nn02,,\n")
+
+
+def _command(draw: Draw, place: Path, *names: str) -> Command:
+    return Command(COMMANDS[draw(st.sampled_from(names or list(COMMANDS)))].split(), str(place))
+
+
+def _damaged(draw: Draw, world: World, place: Path, command: Command) -> Harm:
+    """Damage a file of the bundle, which stays so."""
+    path, what = ruin(draw, sorted(path for path in (place / BUNDLE).rglob("*") if path.is_file()))
+    names = (path.name, path.parent.name)
+    check = _same_as(world, command)
+    return Harm(f"{path.relative_to(place)}: {what}", command, names, expect="any", check=check)
+
+
+def _in_the_way(draw: Draw, world: World, place: Path, _: Command) -> Harm:
+    """Put something of the user's where a command writes, or beside it under a name that it might take."""
+    command = _command(draw, place, *list(COMMANDS)[2:])
+    out = place / command.words[command.words.index("--out") + 1]
+    path = draw(st.sampled_from([out, out.with_name(f".{out.name}.aside-1"), out.with_name(f".{out.name}.progress")]))
+    kind = draw(st.sampled_from(list(PLANTS)))
+    PLANTS[kind](path, place)
+    planted = (path.relative_to(place).as_posix(),)
+    check = _same_as(world, command, but=planted)
+    return Harm(f"{kind} at {planted[0]}", command, (path.name, out.name), planted, expect="any", check=check)
+
+
+def _odd_table(draw: Draw, world: World, place: Path, _: Command) -> Harm:
+    """Put odd values into a column of the new items or of the log."""
+    name, commands = draw(st.sampled_from([(NEW, ["add"]), (LOG, ["user", "csv", "parquet", "jsonl"])]))
+    rows = read_rows(place / name)
+    column, what = odd_column(draw, place / name, rows)
+    path = (place / name).with_suffix(draw(st.sampled_from([".csv", ".jsonl"])))
+    write_rows(rows, path)
+    command = _command(draw, place, *commands)
+    words = [word.replace(name, path.relative_to(place).as_posix()) for word in command.words]
+    return Harm(what, replace(command, words=words), (path.name, column, "--columns", "log"), expect="any")
+
+
+def _odd_argument(draw: Draw, world: World, place: Path, command: Command) -> Harm:
+    """Ask for what cannot be, or say it in an odd way."""
+    text = draw(TEXTS).replace("\0", "").encode(errors="ignore").decode()
+    words = draw(st.sampled_from([line.split() for line in REFUSED] + [[*HISTORY.split()[:3], text[:10_000]]]))
+    is_history = len(words) == 4 and words[-1] == text[:10_000]
+    return Harm("an argument", replace(command, words=words), expect="any" if is_history else "refusal")
+
+
+def _surrounded(draw: Draw, world: World, place: Path, command: Command) -> Harm:
+    """Run a command in odd surroundings; afterwards it must succeed."""
+    harm = draw(st.sampled_from(SURROUNDINGS))(draw, place, command)
+    return replace(harm, again=True, check=_same_as(world, command))
+
+
+def _same_as(world: World, command: Command, but: tuple[str, ...] = ()) -> Callable[[Path, Outcome], list[str]]:
+    """Return a check that a command prints and writes what it does with an undisturbed bundle."""
+
+    def check(place: Path, outcome: Outcome) -> list[str]:
+        printed, expected = _undisturbed(world, command.words)
+        made = {path: content for path, content in _made(place).items() if not f"{RUN}/{path}".startswith(but)}
+        other = [path for path in made | expected if made.get(path) != expected.get(path)]
+        faults = [f"{path} is not what it is without the harm" for path in other]
+        if outcome.stdout and outcome.stdout != printed:
+            faults.append(f"it printed {outcome.stdout[:200]!r}, not {printed[:200]!r}")
+        return faults[:3]
+
+    return check
+
+
+def _made(place: Path) -> dict[str, str]:
+    """Return the contents of what the commands write, by path."""
+    tree = snapshot(place / RUN)
+    return {path: entry.content for path, entry in tree.items() if path.startswith(("out", ".out"))}
+
+
+def _undisturbed(world: World, words: list[str]) -> tuple[str, dict[str, str]]:
+    """Return what a command prints and writes with an undisturbed bundle."""
+    key = " ".join(words)
+    if key not in world.kept:
+        place = world.root / "undisturbed"
+        _prepare(world, place)
+        outcome = world.must(words, place)
+        world.kept[key] = outcome.stdout, _made(place)
+        shutil.rmtree(place)
+    printed, made = world.kept[key]
+    return printed, made

@@ -5,7 +5,6 @@ A command ends in one of two ways. Exit code 0: its results equal those of an un
 every file that rarec has not made is untouched, output is inert text, and nothing hangs.
 """
 
-import hashlib
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from rarec.errors import UserError
 from rarec.storage.artefacts import IDENTITY, MANIFEST, sha256_json
 from rarec.storage.files import read_json
 from tests.commands import Command, Outcome
-from tests.faults.world import FOLDERS, HALF, RUN, World
+from tests.faults.world import FOLDERS, HALF, RUN, Tree, World, folders_of
 
 LAST_RESORT = 70
 """Exit code of what no message of its own foresees, where memory or files run out."""
@@ -41,44 +40,6 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One path of a tree: kind of file, permissions, time in nanoseconds, and sha256 or target of a link."""
-
-    kind: int
-    mode: int
-    mtime: int
-    content: str
-
-
-Tree = dict[str, Entry]
-
-
-def snapshot(root: Path) -> Tree:
-    """Return every path below a directory."""
-    return {path.relative_to(root).as_posix(): _entry(path) for path in sorted(root.rglob("*"))}
-
-
-def users_files(tree: Tree, original: Tree, planted: tuple[str, ...]) -> Tree:
-    """Return what is the user's right after the harm: all outside `run`, and what was put inside."""
-
-    def is_mine(path: str) -> bool:
-        inside = any(path == mine or path.startswith(f"{mine}/") for mine in planted)
-        return inside or path not in original or not path.startswith(f"{RUN}/")
-
-    return {path: entry for path, entry in tree.items() if path != RUN and is_mine(path)}
-
-
-def _entry(path: Path) -> Entry:
-    status = path.lstat()
-    content = ""
-    if stat.S_ISLNK(status.st_mode):
-        content = str(path.readlink())
-    elif stat.S_ISREG(status.st_mode):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Entry(stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode), status.st_mtime_ns, content)
-
-
-@dataclass(frozen=True)
 class Harm:
     """What was done to a copy of a state, the command that comes after it, and how it is judged.
 
@@ -87,7 +48,7 @@ class Harm:
         command: the command, run inside the copy.
         names: a refusal must contain one of these: names of files or fields.
         planted: paths that are the user's although they are in `run.dir`.
-        expect: `same` results as undisturbed, the same `tables` of prepared data, `any` results, or a `refusal`.
+        expect: `same` results as undisturbed, `any` results, or a `refusal`.
         early: whether a refusal must come when the configuration is read: within seconds, and nothing is written.
         last_resort: whether exit code 70 is a way to end.
         native: whether native code may end the process, as where it gets no memory.
@@ -120,14 +81,13 @@ class Harm:
 
 @dataclass
 class Judge:
-    """Says what is wrong with the end of one case.
+    """Say what is wrong with the end of one case.
 
     Args:
         world: has the undisturbed results.
         root: the copy.
         harm: what was done.
         original: the state before the harm.
-        users: what is the user's, from `users_files`.
         before: the tree after the harm and before the command.
         after: the tree after the command.
     """
@@ -136,17 +96,25 @@ class Judge:
     root: Path
     harm: Harm
     original: Tree
-    users: Tree
     before: Tree
     after: Tree
 
+    @property
+    def users(self) -> Tree:
+        """What is the user's right after the harm: all outside `run`, and what was put inside."""
+        return {path: entry for path, entry in self.before.items() if path != RUN and self._is_users(path)}
+
+    def _is_users(self, path: str) -> bool:
+        planted = any(path == mine or path.startswith(f"{mine}/") for mine in self.harm.planted)
+        return planted or path not in self.original or not path.startswith(f"{RUN}/")
+
     def faults(self, outcome: Outcome) -> list[str]:
-        """Return what is wrong; nothing, if all is as it must be."""
+        """Return what is wrong; nothing if all is as it must be."""
         kept = [*self._users_files(), *self._outside(outcome)]
         if outcome.code is None:
             return [*kept, "it hangs"]
-        ended = self.harm.native and outcome.code in NATIVE and outcome.stderr
-        if ended or (outcome.code == BROKEN_PIPE and self.harm.command.stdout == "broken"):
+        native = self.harm.native and outcome.code in NATIVE and outcome.stderr
+        if native or (outcome.code == BROKEN_PIPE and self.harm.command.stdout == "broken"):
             return kept
         if outcome.code not in [0, 2] + [LAST_RESORT] * self.harm.last_resort:
             kept.append(f"exit code {outcome.code}: {_last_line(outcome.stderr)}")
@@ -156,13 +124,13 @@ class Judge:
         return [*kept, *self.results(), *self.harm.check(self.root, outcome)]
 
     def _users_files(self) -> Iterator[str]:
-        for path, entry in self.users.items():
-            now = self.after.get(path)
-            is_folder = stat.S_ISDIR(entry.kind)
-            if now is None:
-                if not is_folder or any(other.startswith(f"{path}/") for other in self.users):
-                    yield f"the user's {path} is gone"
-            elif now.kind != entry.kind or (not is_folder and now != entry):
+        users = self.users
+        for path, entry in users.items():
+            now, is_folder = self.after.get(path), stat.S_ISDIR(entry.kind)
+            empty = not any(other.startswith(f"{path}/") for other in users)
+            if now is None and (empty or not is_folder):
+                yield f"the user's {path} is gone"
+            elif now and (now.kind != entry.kind or (not is_folder and now != entry)):
                 yield f"the user's {path} was changed: {entry} -> {now}"
 
     def _outside(self, outcome: Outcome) -> Iterator[str]:
@@ -201,16 +169,16 @@ class Judge:
         """Check that every new file follows the umask."""
         umask = UMASK if self.harm.command.umask is None else self.harm.command.umask
         for path, entry in self.after.items():
-            wanted = {stat.S_IFREG: 0o666, stat.S_IFDIR: 0o777}.get(entry.kind)
-            if path not in self.before and wanted is not None and entry.mode != wanted & ~umask:
+            full = {stat.S_IFREG: 0o666, stat.S_IFDIR: 0o777}.get(entry.kind)
+            if path not in self.before and full is not None and entry.mode != full & ~umask:
                 yield f"{path} has mode {entry.mode:o} under umask {umask:o}"
 
     def _finished_work(self) -> Iterator[str]:
         """After a refusal: finished artefacts are there, or were made anew; half built ones have lost nothing."""
-        for folder in (folder for folders in FOLDERS.values() for folder in folders):
+        for folder in folders_of(FOLDERS):
             place = f"{RUN}/{folder}"
             if f"{place}/{MANIFEST}" in self.original and self._broken(folder):
-                listed = [f"{place}/{name}" for name in self.world.manifests()[folder]["files"]]
+                listed = [f"{place}/{name}" for name in self.world.manifests[folder]["files"]]
                 yield from (f"finished {path} was lost" for path in listed if self._lost(path))
             elif folder in HALF.values() and f"{place}/{MANIFEST}" not in self.original | self.after:
                 begun = [path for path in self.original if path.startswith(f"{place}/") and path.endswith(_KEPT)]
@@ -225,12 +193,8 @@ class Judge:
         """Judge what a command leaves that ended with exit code 0."""
         if self.harm.expect == "refusal":
             yield "exit code 0, although it must be refused"
-        if self.harm.expect == "tables":
-            files = self.world.manifests()["prepare"]["files"].items()
-            differs = [name for name, digest in files if self._content(f"{RUN}/prepare/{name}") != digest]
-            yield from (f"{name} differs from the undisturbed one" for name in differs if name.endswith(".parquet"))
         stage = self.harm.command.words[0]
-        for folder in (folder for name in FOLDERS if stage in (name, "run") for folder in FOLDERS[name]):
+        for folder in folders_of([name for name in FOLDERS if stage in (name, "run")]):
             broken = self._broken(folder)
             if broken:
                 yield f"exit code 0, but {broken}"
@@ -249,7 +213,7 @@ class Judge:
             return f"{place}/{MANIFEST} cannot be read: {error!r}"
         if not is_right or damaged:
             return f"{place}/{damaged[0] if damaged else MANIFEST} is damaged"
-        same = folder == "report" or manifest["hash"] == self.world.manifests()[folder]["hash"]
+        same = folder == "report" or manifest["hash"] == self.world.manifests[folder]["hash"]
         return "" if same or self.harm.expect != "same" else f"{place} differs from the undisturbed one"
 
     def _content(self, path: str) -> str | None:

@@ -3,10 +3,14 @@
 Every path in the configuration is relative, so that a state is copied as a whole and `rarec` runs inside the copy.
 """
 
+import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +53,55 @@ HALF = {"ids": "ids/id", "shards": "shards", "train": "train/per_layer"}
 UPTO = [f"upto-{stage}" for stage in STAGES[:-1]]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One path of a tree: kind of file, permissions, time in nanoseconds, and sha256 or target of a link."""
+
+    kind: int
+    mode: int
+    mtime: int
+    content: str
+
+
+Tree = dict[str, Entry]
+
+
+def snapshot(root: Path) -> Tree:
+    """Return every path below a directory."""
+    return {path.relative_to(root).as_posix(): _entry(path) for path in sorted(root.rglob("*"))}
+
+
+def _entry(path: Path) -> Entry:
+    status = path.lstat()
+    content = ""
+    if stat.S_ISLNK(status.st_mode):
+        content = str(path.readlink())
+    elif stat.S_ISREG(status.st_mode):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Entry(stat.S_IFMT(status.st_mode), stat.S_IMODE(status.st_mode), status.st_mtime_ns, content)
+
+
 class World:
     """States of a run, each a directory that holds `log`, `llm`, `config.yaml`, and `run` where something was run.
 
     Args:
         root: where they are kept.
+
+    Attributes:
+        copied: the state that was copied last.
+        kept: results of undisturbed commands, which are needed often.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.copied = "new"
-        """The state that was copied last."""
-        write_inputs(root / "new")
+        self.kept: dict[Any, Any] = {}
+        write_log(root / "new" / "log", users=30, items=24)
+        write_llm(root / "new" / "llm")
+        (root / "new" / "config.yaml").write_text(CONFIG)
 
     def state(self, name: str) -> Path:
-        """Return a state, made when it is first asked for.
+        """Return a state, made when it is first needed.
 
         Args:
             name: `new`; `finished`; `upto-STAGE`; `half-STAGE`, killed right before the manifest is written; or
@@ -78,35 +116,34 @@ class World:
 
     def copy(self, name: str, place: Path) -> Path:
         """Copy a state; return the copy."""
+        source = self.state(name)
         self.copied = name
-        return self._copy(name, place)
+        return shutil.copytree(source, place, symlinks=True)
 
+    @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
-        """Return the manifest of each artefact of the finished run, by its directory in `run.dir`."""
+        """The manifest of each artefact of the finished run, by its directory in `run.dir`."""
         run = self.state("finished") / RUN
         return {folder: json.loads((run / folder / MANIFEST).read_bytes()) for folder in folders_of(STAGES)}
 
-    def must(self, words: list[str], place: Path) -> Outcome:
+    def must(self, words: Sequence[str], place: Path) -> Outcome:
         """Run a command that must succeed."""
-        outcome = run_command(Command(words, str(place)))
+        outcome = run_command(Command(list(words), str(place)))
         assert outcome.code == 0, f"the undisturbed `rarec {' '.join(words)}` failed: {outcome.stderr}"
         return outcome
-
-    def _copy(self, name: str, place: Path) -> Path:
-        return shutil.copytree(self.state(name), place, symlinks=True)
 
     def _make(self, name: str, place: Path) -> None:
         kind, _, stage = name.rpartition("-")
         if name == "finished":
-            self._copy("new", place)
+            self.copy("new", place)
             self.must(["run", "config.yaml"], place)
         elif kind == "upto":
-            self._copy("finished", place)
+            self.copy("finished", place)
             for folder in folders_of(STAGES[STAGES.index(stage) + 1 :]):
                 shutil.rmtree(place / RUN / folder)
         else:
             fresh = kind == "half-fresh"
-            self._copy("finished" if fresh else f"upto-{STAGES[STAGES.index(stage) - 1]}", place)
+            self.copy("finished" if fresh else state_before(stage), place)
             folder = Path(HALF[stage])
             built = folder.with_name(f".{folder.name}.fresh") if fresh else folder
             kill = (signal.SIGKILL, 1, f"{built}/{MANIFEST}")
@@ -114,21 +151,17 @@ class World:
             assert code == -signal.SIGKILL, (name, code)
 
 
-def folders_of(stages: list[str]) -> list[str]:
+def folders_of(stages: Sequence[str]) -> list[str]:
     """Return the directories that stages make."""
     return [folder for stage in stages for folder in FOLDERS[stage]]
 
 
+def state_before(stage: str) -> str:
+    """Return the state in which a stage, or `run`, is next."""
+    first = stage in ("run", STAGES[0])
+    return "new" if first else f"upto-{STAGES[STAGES.index(stage) - 1]}"
+
+
 def next_stage(state: str) -> str:
     """Return the stage that a state comes to next; the last one, if it is finished."""
-    if state == "new":
-        return STAGES[0]
-    done = STAGES[-1] if state == "finished" else state.removeprefix("upto-")
-    return STAGES[min(STAGES.index(done) + 1, len(STAGES) - 1)]
-
-
-def write_inputs(place: Path) -> None:
-    """Write a log of 30 users and 24 items, a language model and a configuration."""
-    write_log(place / "log", users=30, items=24)
-    write_llm(place / "llm")
-    (place / "config.yaml").write_text(CONFIG)
+    return next((stage for stage in STAGES if state_before(stage) == state), STAGES[-1])
