@@ -28,7 +28,7 @@ test: .venv/dev
 # Runs and bundles harmed at random for so long; each failure says how it came about.
 MINUTES := 60
 faults: .venv/dev
-	$(BIN)/python -m tests.faults $(MINUTES)
+	RAREC_FAULTS=$(MINUTES) $(BIN)/python -m pytest tests/faults/test_faults.py
 
 test-vllm: .venv/dev .venv-vllm/done
 	RAREC_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm

@@ -102,7 +102,7 @@ def run_command(command: Command) -> Outcome:
             cpu = sum(group.cpu_times()[:4])
         if moments and time.monotonic() - started > moments[0][0]:
             _send(process.pid, moments.pop(0)[1], group=not moments)
-        time.sleep(0.002)
+        time.sleep(0.01)
     _send(process.pid, signal.SIGKILL, group=True)  # workers that a killed process leaves
     stdout, stderr = (text.decode(errors="backslashreplace") for text in texts)
     return Outcome(process.exitcode if moments else None, stdout, stderr, cpu)

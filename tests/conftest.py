@@ -21,7 +21,7 @@ from tests.engines import start
 from tests.synthetic import write_llm, write_log
 
 if TYPE_CHECKING:
-    from tests.faults.world import World
+    from tests.tiny_runs import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also what tests start is faster on one thread
@@ -130,7 +130,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> "World":
     """Runs over a tinier world that are new, half built and finished, to be copied and harmed."""
-    from tests.faults.world import World
+    from tests.tiny_runs import World
 
     return World(tmp_path_factory.mktemp("tiny"))
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.commands import Command, run_command
-from tests.faults.judge import remedies
 
 COMMAND = re.compile(r"\brarec (\w+) (?:CONFIG|\S+\.yaml)((?: (?:--[\w-]+|[\w.]+=[^\s;,]+))*)")
 DELETE = re.compile(r"\b(?:delete|remove) (\S+?)[,;:.]?(?= |$)")
@@ -140,3 +139,8 @@ class Patient:
         """Return the first path in the problem that exists: what `it` stands for in the remedy."""
         problem = message.split("\n  ->")[0].removeprefix("error: ")
         return next((path for path in map(self._existing, _PATH.findall(problem)) if path), None)
+
+
+def remedies(message: str) -> list[str]:
+    """Return the remedies in a message: what follows each `->` at the beginning of a line."""
+    return [line.strip().removeprefix("->").strip() for line in message.splitlines() if line.strip().startswith("->")]

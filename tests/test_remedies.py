@@ -12,8 +12,8 @@ import pytest
 from rarec.storage.artefacts import MANIFEST
 from tests.commands import Command, run_command
 from tests.faults.judge import Harm, Judge
-from tests.faults.world import snapshot
 from tests.remedies import Patient, Useless
+from tests.tiny_runs import snapshot
 
 MINE = "the user's own words"
 
@@ -126,9 +126,9 @@ CASES = {
     "a checkpoint of another training": Case("train", another_checkpoint, "half-train", "step-"),
     "notes of a build that are torn": Case("shards", cut("shards/.begun.json"), "half-shards", ".begun.json"),
     "a stage whose input is half built": Case("evaluate", nothing, "half-train", "per_layer"),
-    "an input that is not there": Case("shards", nothing, "upto-prepare", "ids/id"),
-    "an input that is far away": Case("train", nothing, "upto-prepare", "shards"),
-    "a bundle that is not there": Case("recommend run/bundle --history i000,i001", nothing, "upto-evaluate", "bundle"),
+    "an input that is not there": Case("shards", nothing, "before-ids", "ids/id"),
+    "an input that is far away": Case("train", nothing, "before-ids", "shards"),
+    "a bundle that is not there": Case("recommend run/bundle --history i000,i001", nothing, "before-export", "bundle"),
     # other settings
     "other settings of prepare": Case(
         "ids prepare.min_user_interactions=7", named="min_user_interactions", equal=False
@@ -137,12 +137,12 @@ CASES = {
     "other settings of training": Case("export train.lr=0.004", named="train.lr", equal=False),
     "another tracker": Case("train --fresh train.trackers=[nosuch]", named="train.trackers"),
     # what is the user's
-    "a file in the place of a directory": Case("prepare", plant("prepare"), "new", "run/prepare"),
-    "a directory that is the user's": Case("prepare", plant("prepare/notes.txt"), "new", "run/prepare"),
-    "another directory that is the user's": Case("shards", plant("shards/notes.txt"), "upto-ids", "run/shards"),
+    "a file in the place of a directory": Case("prepare", plant("prepare"), "before-prepare", "run/prepare"),
+    "a directory that is the user's": Case("prepare", plant("prepare/notes.txt"), "before-prepare", "run/prepare"),
+    "another folder that is the user's": Case("shards", plant("shards/notes.txt"), "before-neighbours", "run/shards"),
     "a file among the shards": Case("shards --verify --repair", plant("shards/notes.txt"), named="notes.txt"),
     # the machine
-    "a full disk": Case("ids", nothing, "upto-prepare", "", {"RLIMIT_FSIZE": 2_000}),
+    "a full disk": Case("ids", nothing, "before-ids", "", {"RLIMIT_FSIZE": 2_000}),
 }
 
 

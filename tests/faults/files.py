@@ -1,111 +1,134 @@
-"""Harms to files: of the user's, in rarec's way (`trees`); of rarec's, damaged (`bytes`); of bundles (`bundles`)."""
+"""Harms to files in `run.dir`: the user's, in rarec's way (`trees`), and rarec's own, damaged (`bytes`)."""
 
 import os
+import random
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hypothesis import assume
 from hypothesis import strategies as st
 
-from tests.commands import Command, Outcome
+from tests.commands import Command
 from tests.faults.judge import Harm
-from tests.faults.surroundings import SURROUNDINGS
-from tests.faults.values import TEXTS, damage_bytes, odd_column, read_rows, write_rows
-from tests.faults.world import FOLDERS, HALF, RUN, STAGES, UPTO, Draw, World, next_stage, snapshot
+from tests.tiny_runs import BEFORE, BUNDLE, HALF, NEW, RUN, STAGES, USES, World, folders_of, half_built
 
-INSIDE: dict[str, str] = {
-    ".": "prepare ids neighbours shards train evaluation bundle report llm cache notes.txt manifest.json config.yaml "
-    "resolved.yaml record.json crash.txt .lock .prepare.lock .report.lock .rarec .prepare.aside-1 .prepare.aside-old "
-    ".report.aside-99999 .record.json.aside-7 .shards.fresh",
-    "prepare": "notes.txt manifest.json .begun.json .progress",
-    "ids": "id .id.lock .id.fresh id/mine.npy",
-    "neighbours": "lexical mine .ease.lock .transition.fresh cooccurrence/mine.parquet",
-    "shards": "notes.txt mine.tar 000000.tar 000099.tar .progress .000009.tar.aside-1",
-    "train": "per_layer mine .per_layer.lock .per_layer.fresh per_layer/notes.txt per_layer/log.jsonl",
-    "train/per_layer/checkpoints": "step-abc step- step-00000099 step-00000001.old .step-00000001.aside-3",
-    "evaluation": "notes.txt ranks.parquet",
-    "bundle": "notes.txt README.md",
-    "report": "notes.txt report.html manifest.json",
-}
-NAMES = [Path(folder, name).as_posix() for folder, names in INSIDE.items() for name in names.split()]
+Draw = Callable[..., Any]
+"""Hypothesis' `draw`: takes a strategy, returns an example."""
+NAMES = """
+prepare ids neighbours shards train evaluation bundle report llm cache notes.txt manifest.json config.yaml resolved.yaml
+record.json crash.txt .lock .prepare.lock .report.lock .rarec .prepare.aside-1 .prepare.aside-old .report.aside-99999
+.record.json.aside-7 .shards.fresh prepare/notes.txt prepare/manifest.json prepare/.begun.json prepare/.progress ids/id
+ids/.id.lock ids/.id.fresh ids/id/mine.npy neighbours/lexical neighbours/mine neighbours/.ease.lock
+neighbours/.transition.fresh neighbours/cooccurrence/mine.parquet shards/notes.txt shards/mine.tar shards/000000.tar
+shards/000099.tar shards/.progress shards/.000009.tar.aside-1 train/per_layer train/mine train/.per_layer.lock
+train/.per_layer.fresh train/per_layer/notes.txt train/per_layer/log.jsonl train/per_layer/checkpoints/step-abc
+train/per_layer/checkpoints/step- train/per_layer/checkpoints/step-00000099 train/per_layer/checkpoints/step-1.old
+train/per_layer/checkpoints/.step-00000001.aside-3 evaluation/notes.txt evaluation/ranks.parquet bundle/notes.txt
+bundle/README.md report/notes.txt report/report.html report/manifest.json out out.csv .out.aside-1 .out.csv.progress .
+""".split()
 """Names of rarec's, and names beside them, in which the user may have something, relative to `run.dir`."""
 TEXT = b"the user's own words\n"
 
 
-def _directory(path: Path, place: Path) -> None:
+def copied(world: World, place: Path, state: str, words: list[str]) -> Command:
+    """Copy a state, and return a command that is given there; in a short run, reject what builds for long."""
+    is_quick = words[0] in ("prepare", "ids", "shards", "export") or (state == "finished" and "--fresh" not in words)
+    assume(is_quick or not world.is_short)
+    world.copy(state, place)
+    return Command(words, str(place))
+
+
+def choose(draw: Draw, world: World, place: Path, states: Sequence[str]) -> Command:
+    """Copy a state, and choose a command that can be given there: a stage, all stages, or one that uses the bundle."""
+    state: str = draw(st.sampled_from(states))
+    if state == "finished" and draw(st.integers(0, 2)) == 2:
+        return copied(world, place, state, draw(st.sampled_from(USES)).split())
+    kind, _, stage = state.rpartition("-")
+    if not kind.startswith("half"):
+        possible = STAGES if state == "finished" else STAGES[: STAGES.index(stage) + 1]
+        stage = draw(st.sampled_from([possible[-1], *possible, "run"]))
+    options = [[], ["--fresh"], *[["--verify"]] * (stage == "shards" and state == "finished")]
+    options = [[]] if stage == "run" or kind == "half" else options
+    return copied(world, place, state, [stage, "config.yaml", *draw(st.sampled_from(options))])
+
+
+def _directory(path: Path) -> None:
     path.mkdir()
     (path / "mine.txt").write_bytes(TEXT)
 
 
-def _link_to_file(path: Path, place: Path) -> None:
-    (place / "mine.txt").write_bytes(TEXT)
-    path.symlink_to(place / "mine.txt")
-
-
-def _link_to_directory(path: Path, place: Path) -> None:
-    _directory(place / "mine", place)
-    path.symlink_to(place / "mine")
-
-
 FILES: dict[str, Callable[[Path, Path], object]] = {
-    "a file": lambda path, place: path.write_bytes(TEXT),
-    "a file of mode 0600": lambda path, place: (path.write_bytes(TEXT), path.chmod(0o600)),
-    "an empty file": lambda path, place: path.touch(),
-    "a JSON file": lambda path, place: path.write_text('{"kind": "prepare", "mine": true}\n'),
+    "a file": lambda path, mine: path.write_bytes(TEXT),
+    "a file of mode 0600": lambda path, mine: (path.write_bytes(TEXT), path.chmod(0o600)),
+    "an empty file": lambda path, mine: path.touch(),
+    "a JSON file": lambda path, mine: path.write_text('{"kind": "prepare", "mine": true}\n'),
 }
 PLANTS = FILES | {
-    "a directory with a file": _directory,
-    "an empty directory": lambda path, place: path.mkdir(),
-    "a link to a file": _link_to_file,
-    "a link to a directory": _link_to_directory,
-    "a link to nothing": lambda path, place: path.symlink_to(place / "nowhere"),
-    "a link to itself": lambda path, place: path.symlink_to(path.name),
-    "a pipe": lambda path, place: os.mkfifo(path),
+    "a directory with a file": lambda path, mine: _directory(path),
+    "an empty directory": lambda path, mine: path.mkdir(),
+    "a link to a file": lambda path, mine: path.symlink_to(mine / "mine.txt"),
+    "a link to a directory": lambda path, mine: path.symlink_to(mine),
+    "a link to nothing": lambda path, mine: path.symlink_to(mine / "nowhere"),
+    "a link to itself": lambda path, mine: path.symlink_to(path.name),
+    "a pipe": lambda path, mine: os.mkfifo(path),
 }
 
 
 def plant(draw: Draw, world: World, place: Path) -> Harm:
-    """Put something of the user's where rarec writes."""
-    state = draw(st.sampled_from(["new", "finished", *UPTO]))
-    world.copy(state, place)
-    name, kind = draw(st.sampled_from(NAMES)), draw(st.sampled_from(list(PLANTS)))
+    """Put something of the user's where a command writes, or elsewhere in `run`."""
+    if draw(st.integers(0, 5)) == 5:
+        return _input_inside(draw, world, place)
+    command = choose(draw, world, place, [NEW, *["finished"] * len(BEFORE), *BEFORE])
+    stage = "" if BUNDLE in command.words else command.words[0]
+    tops = tuple(folder.split("/")[0] for folder in folders_of([stage]))
+    near = [name for name in NAMES if name.lstrip(".").startswith(tops or "out")]
+    name, kind = draw(st.sampled_from(near) | st.sampled_from(NAMES)), draw(st.sampled_from(list(PLANTS)))
     path = place / RUN / name
-    planted = _topmost_new(path, place / RUN)
-    damage = path.is_file() and kind in FILES  # nobody can tell who wrote these bytes into a file of rarec's
-    if path.is_dir() and not path.is_symlink():
+    topmost = path  # the first on the way to it that does not exist: all below is the user's
+    while topmost != place / RUN and topmost.parent != place / RUN and not topmost.parent.exists():
+        topmost = topmost.parent
+    is_damage = path.is_file() and kind in FILES  # nobody can tell who wrote these bytes into a file of rarec's
+    if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    PLANTS[kind](path, place)
-    names = (path.name, *([] if planted == path else [planted.name]), str(path.parent.relative_to(place)))
-    mine = () if damage else (planted.relative_to(place).as_posix(),)
-    command = Command(_words(draw, name.split("/")[0], state), str(place))
-    return Harm(f"{kind} at run/{name} ({state})", command, names, mine)
+    _directory(place / "mine")
+    PLANTS[kind](path, place / "mine")
+    names = (path.name, topmost.name, str(path.parent.relative_to(place)))
+    planted = () if is_damage else (topmost.relative_to(place).as_posix(),)
+    return Harm(f"{kind} at run/{name} ({world.copied})", command, names, planted, elsewhere=name == ".")
 
 
-def _topmost_new(path: Path, root: Path) -> Path:
-    """Return the first directory on the way to a path that does not exist: all below it is the user's."""
-    new = path
-    while new.parent != root and not new.parent.exists():
-        new = new.parent
-    return new
+def _input_inside(draw: Draw, world: World, place: Path) -> Harm:
+    """Keep the log, the language model or the configuration in `run.dir`, under a name that rarec might take."""
+    world.copy(NEW, place)
+    mine = draw(st.sampled_from(["log", "llm", "config.yaml"]))
+    inside = f"{RUN}/{draw(st.sampled_from(['prepare', 'bundle', 'log', 'ids/id', 'resolved.yaml', 'prepare/mine']))}"
+    (place / inside).parent.mkdir(parents=True)
+    (place / mine).rename(place / inside)
+    tables = [f"prepare.{table}.path={inside}/{table}.csv" for table in ("interactions", "items")]
+    overrides = {"log": tables, "llm": [f"llm.path={inside}"], "config.yaml": []}[mine]
+    config = inside if mine == "config.yaml" else "config.yaml"
+    top = "/".join(inside.split("/")[:2])
+    command = Command([draw(st.sampled_from(["prepare", "run"])), config, *overrides], str(place))
+    return Harm(f"{mine} is {inside}", command, (inside, top, mine), (top,))
 
 
-def _words(draw: Draw, folder: str, state: str) -> list[str]:
-    """Return a command: the stage of a directory if its inputs exist, or another that is possible, or all."""
-    stages = {made.split("/")[0]: stage for stage, folders in FOLDERS.items() for made in folders}
-    stage = stages.get(folder.lstrip(".").split(".")[0])
-    possible = STAGES if state == "finished" else STAGES[: STAGES.index(next_stage(state)) + 1]
-    if stage not in possible or draw(st.integers(0, 2)) == 2:
-        stage = draw(st.sampled_from([possible[-1], *possible, "run"]))
-    return [stage, "config.yaml", *["--fresh"] * draw(st.booleans())]
-
-
-# ---- bytes
-
-
+Change = Callable[[bytes, int, bytes], bytes]
+"""Takes the bytes of a file, a position in it, and the bytes of another file; returns others."""
+DAMAGES: dict[str, Change] = {
+    "one bit flipped": lambda data, at, other: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :],
+    "cut short": lambda data, at, other: data[:at],
+    "emptied": lambda data, at, other: b"",
+    "doubled": lambda data, at, other: data * 2,
+    "a byte more": lambda data, at, other: data + b"\n",
+    "noise": lambda data, at, other: random.Random(at).randbytes(max(8, len(data))),
+    "zeros": lambda data, at, other: bytes(len(data)),
+    "another file's bytes": lambda data, at, other: other,
+    "an empty list": lambda data, at, other: b"[]",
+}
 REPLACED: dict[str, Callable[[Path], object]] = {
     "removed": lambda path: None,
     "a directory": Path.mkdir,
@@ -114,185 +137,25 @@ REPLACED: dict[str, Callable[[Path], object]] = {
 
 
 def damage(draw: Draw, world: World, place: Path) -> Harm:
-    """Damage one file that rarec has made, in a finished run or one that was killed."""
-    half = draw(st.sampled_from(list(HALF)))
-    state = draw(st.sampled_from(["finished", "finished", "finished", f"half-{half}", f"half-fresh-{half}"]))
-    world.copy(state, place)
-    files = sorted(path for path in (place / RUN).rglob("*") if path.is_file())
-    if state != "finished" and draw(st.booleans()):
-        begun = Path(HALF[half])
-        own = (f"{begun}/", f"{begun.with_name(f'.{begun.name}.fresh')}/")
-        files = [path for path in files if path.relative_to(place / RUN).as_posix().startswith(own)]
-    path, what = ruin(draw, files)
-    command = Command(_reader(draw, half, state), str(place))
-    return Harm(f"{path.relative_to(place)}: {what} ({state})", command, (path.name, path.parent.name))
-
-
-def ruin(draw: Draw, files: list[Path]) -> tuple[Path, str]:
-    """Damage one of some files, or put something else in its place; return the file and what was done."""
-    path, kind = draw(st.sampled_from(files)), draw(st.sampled_from(["damaged", "damaged", *REPLACED, "mode 0"]))
+    """Damage a file of rarec's, in a finished run or one that was killed, and give a command that reads it."""
+    halves = [f"half-{fresh}{stage}" for stage in HALF for fresh in ("", "fresh-")]
+    command = choose(draw, world, place, [*["finished"] * len(halves), *halves])
+    folders = ["bundle"] if BUNDLE in command.words else folders_of(command.words[:1]) or ["."]
+    if world.copied != "finished":
+        folders = [half_built(command.words[0], "fresh" in world.copied).as_posix()]
+    folder = place / RUN / draw(st.sampled_from(folders) | st.sampled_from([*folders, "."]))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path, kind = draw(st.sampled_from(files)), draw(st.sampled_from([*["damaged"] * 6, *REPLACED]))
     if kind == "damaged":
-        return path, damage_bytes(draw, path, draw(st.sampled_from(files)))
-    if kind == "mode 0":
-        path.chmod(0)
+        kind = damage_bytes(draw, path, draw(st.sampled_from(files)))
     else:
         path.unlink()
         REPLACED[kind](path)
-    return path, kind
+    return Harm(f"{path.relative_to(place)}: {kind} ({world.copied})", command, (path.name, path.parent.name))
 
 
-def _reader(draw: Draw, half: str, state: str) -> list[str]:
-    """Return a command that reads what is there."""
-    fresh: list[Any] = ["--fresh"] * draw(st.booleans())
-    if state != "finished":
-        return [half, "config.yaml", *fresh] if state.startswith("half-fresh") else [half, "config.yaml"]
-    stage, *options = draw(st.sampled_from(["run", *STAGES, "recommend", "shards --verify"])).split()
-    if stage == "recommend":
-        return [stage, f"{RUN}/bundle", "--history", "i000,i001"]
-    return [stage, "config.yaml", *options, *(fresh if stage in STAGES and not options else [])]
-
-
-# ---- bundles
-
-
-BUNDLE, LOG, NEW, OUT = f"{RUN}/bundle", "log/interactions.csv", "log/new.csv", f"{RUN}/out"
-HISTORY = f"recommend {BUNDLE} --history i000,i001"
-USER = f"recommend {BUNDLE} --log {LOG} --user"
-ALL = f"recommend {BUNDLE} --all --log {LOG} --out"
-ADD = f"items add {BUNDLE} {NEW} --out {OUT}"
-COMMANDS = {
-    "history": HISTORY,
-    "user": f"{USER} u001",
-    "parquet": f"{ALL} {OUT}.parquet",
-    "csv": f"{ALL} {OUT}.csv",
-    "jsonl": f"{ALL} {OUT}.jsonl",
-    "add": ADD,
-    "remove": f"items remove {BUNDLE} i003 i005 --out {OUT}",
-    "realign": f"realign {BUNDLE} config.yaml --least -9 --out {OUT}",
-    "vectors": f"export {BUNDLE} --to vectors --out {OUT}",
-    "hub": f"export {BUNDLE} --to hub --out {OUT}",
-}
-REFUSED = f"""
-{HISTORY} -k 0
-{HISTORY} -k -3
-{HISTORY} --device cuda:99
-{HISTORY} --llm log
-{HISTORY} --llm /nowhere
-{HISTORY} --user u001
-recommend {BUNDLE}
-recommend log --history i0
-recommend {RUN}/prepare --history i0
-recommend /no --history i0
-{ALL} {OUT}.xlsx
-{ALL} /proc/nowhere/out.csv
-{ADD} --vectors id
-{ADD} --vectors id={NEW}
-{ADD} --vectors id=log/items.csv
-items add {BUNDLE} log/items.csv --out {OUT}
-items remove {BUNDLE} nothing
-items remove {BUNDLE} {" ".join(f"i{item:03d}" for item in range(24))}
-export {BUNDLE} --to vectors
-export {BUNDLE} --to nothing --out {OUT}
-export {BUNDLE} --to vectors --out log
-export {BUNDLE} --to peft --out {OUT}
-realign {BUNDLE} config.yaml --least 1.01
-realign {BUNDLE} nowhere.yaml
-""".strip().splitlines()
-
-
-def harm_bundle(draw: Draw, world: World, place: Path) -> Harm:
-    """Harm a bundle, or what a command makes of it."""
-    _prepare(world, place)
-    command = _command(draw, place)
-    harms = [_damaged, _damaged, _in_the_way, _odd_table, _odd_argument, _surrounded]
-    return draw(st.sampled_from(harms))(draw, world, place, command)
-
-
-def _prepare(world: World, place: Path) -> None:
-    """Copy a finished run, and write a table of new items."""
-    world.copy("finished", place)
-    (place / NEW).write_text("item,title,brand\nn00,river lamp 1,RIVER\nn01,stone chair 2,STONE\nn02,,\n")
-
-
-def _command(draw: Draw, place: Path, *names: str) -> Command:
-    return Command(COMMANDS[draw(st.sampled_from(names or list(COMMANDS)))].split(), str(place))
-
-
-def _damaged(draw: Draw, world: World, place: Path, command: Command) -> Harm:
-    """Damage a file of the bundle, which stays so."""
-    path, what = ruin(draw, sorted(path for path in (place / BUNDLE).rglob("*") if path.is_file()))
-    names = (path.name, path.parent.name)
-    check = _same_as(world, command)
-    return Harm(f"{path.relative_to(place)}: {what}", command, names, expect="any", check=check)
-
-
-def _in_the_way(draw: Draw, world: World, place: Path, _: Command) -> Harm:
-    """Put something of the user's where a command writes, or beside it under a name that it might take."""
-    command = _command(draw, place, *list(COMMANDS)[2:])
-    out = place / command.words[command.words.index("--out") + 1]
-    path = draw(st.sampled_from([out, out.with_name(f".{out.name}.aside-1"), out.with_name(f".{out.name}.progress")]))
-    kind = draw(st.sampled_from(list(PLANTS)))
-    PLANTS[kind](path, place)
-    planted = (path.relative_to(place).as_posix(),)
-    check = _same_as(world, command, but=planted)
-    return Harm(f"{kind} at {planted[0]}", command, (path.name, out.name), planted, expect="any", check=check)
-
-
-def _odd_table(draw: Draw, world: World, place: Path, _: Command) -> Harm:
-    """Put odd values into a column of the new items or of the log."""
-    name, commands = draw(st.sampled_from([(NEW, ["add"]), (LOG, ["user", "csv", "parquet", "jsonl"])]))
-    rows = read_rows(place / name)
-    column, what = odd_column(draw, place / name, rows)
-    path = (place / name).with_suffix(draw(st.sampled_from([".csv", ".jsonl"])))
-    write_rows(rows, path)
-    command = _command(draw, place, *commands)
-    words = [word.replace(name, path.relative_to(place).as_posix()) for word in command.words]
-    return Harm(what, replace(command, words=words), (path.name, column, "--columns", "log"), expect="any")
-
-
-def _odd_argument(draw: Draw, world: World, place: Path, command: Command) -> Harm:
-    """Ask for what cannot be, or say it in an odd way."""
-    text = draw(TEXTS).replace("\0", "").encode(errors="ignore").decode()
-    words = draw(st.sampled_from([line.split() for line in REFUSED] + [[*HISTORY.split()[:3], text[:10_000]]]))
-    is_history = len(words) == 4 and words[-1] == text[:10_000]
-    return Harm("an argument", replace(command, words=words), expect="any" if is_history else "refusal")
-
-
-def _surrounded(draw: Draw, world: World, place: Path, command: Command) -> Harm:
-    """Run a command in odd surroundings; afterwards it must succeed."""
-    harm = draw(st.sampled_from(SURROUNDINGS))(draw, place, command)
-    return replace(harm, again=True, check=_same_as(world, command))
-
-
-def _same_as(world: World, command: Command, but: tuple[str, ...] = ()) -> Callable[[Path, Outcome], list[str]]:
-    """Return a check that a command prints and writes what it does with an undisturbed bundle."""
-
-    def check(place: Path, outcome: Outcome) -> list[str]:
-        printed, expected = _undisturbed(world, command.words)
-        made = {path: content for path, content in _made(place).items() if not f"{RUN}/{path}".startswith(but)}
-        other = [path for path in made | expected if made.get(path) != expected.get(path)]
-        faults = [f"{path} is not what it is without the harm" for path in other]
-        if outcome.stdout and outcome.stdout != printed:
-            faults.append(f"it printed {outcome.stdout[:200]!r}, not {printed[:200]!r}")
-        return faults[:3]
-
-    return check
-
-
-def _made(place: Path) -> dict[str, str]:
-    """Return the contents of what the commands write, by path."""
-    tree = snapshot(place / RUN)
-    return {path: entry.content for path, entry in tree.items() if path.startswith(("out", ".out"))}
-
-
-def _undisturbed(world: World, words: list[str]) -> tuple[str, dict[str, str]]:
-    """Return what a command prints and writes with an undisturbed bundle."""
-    key = " ".join(words)
-    if key not in world.kept:
-        place = world.root / "undisturbed"
-        _prepare(world, place)
-        outcome = world.must(words, place)
-        world.kept[key] = outcome.stdout, _made(place)
-        shutil.rmtree(place)
-    printed, made = world.kept[key]
-    return printed, made
+def damage_bytes(draw: Draw, path: Path, other: Path, changes: dict[str, Change] = DAMAGES) -> str:
+    """Damage a file, perhaps with bytes of another; return what was done."""
+    data, kind = path.read_bytes() or b"\0", draw(st.sampled_from(list(changes)))
+    path.write_bytes(changes[kind](data, draw(st.integers(0, len(data) - 1)), other.read_bytes()))
+    return str(kind)

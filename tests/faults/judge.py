@@ -12,129 +12,102 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rarec.errors import UserError
 from rarec.storage.artefacts import IDENTITY, MANIFEST, sha256_json
 from rarec.storage.files import read_json
 from tests.commands import Command, Outcome
-from tests.faults.world import FOLDERS, HALF, RUN, Tree, World, folders_of
+from tests.remedies import remedies
+from tests.tiny_runs import BUNDLE, FOLDERS, HALF, RUN, STAGES, Tree, World, folders_of, snapshot, written
 
-LAST_RESORT = 70
-"""Exit code of what no message of its own foresees, where memory or files run out."""
-NATIVE = (127, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
-"""Exit codes of a process that native code ended, which no Python code can prevent."""
-BROKEN_PIPE = 128 + signal.SIGPIPE
-"""Exit code of a command whose results nobody reads."""
-LONGEST = 2_000
-"""Largest number of characters of a message."""
-EARLY = 4.0
-"""Seconds of CPU time within which a configuration is refused; 2 for the check, the rest for imports."""
-UMASK = os.umask(0)
-"""The umask of this process, which can only be read by setting it."""
+ENDS = (0, 2)  # exit codes of a command that succeeds, and of one that is refused
+LAST_RESORT = 70  # of what no message of its own foresees, where memory or files run out
+NATIVE = (127, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)  # of native code, which no Python code can prevent
+LONGEST = 2_000  # characters of a message
+EARLY = 4.0  # seconds of CPU time within which a configuration is refused; 2 for the check, the rest for imports
+UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
-TEMPORARY = re.compile(r"/\.[^/]*\.(aside|temporary)-[^/]*$")
-_KEPT = (".safetensors", ".tar", ".npy", ".parquet")
-"""Ends of files with finished work in an artefact that is half built."""
+LEFT = re.compile(r"/\.[^/]*\.(aside|temporary)-[^/]*$|/\.[^/]*\.fresh$|/\.begun\.json$|/\.progress$")
+TENSORS = (".safetensors", ".tar", ".npy", ".parquet", ".arrow")  # their bytes depend on settings and inputs alone
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
 class Harm:
-    """What was done to a copy of a state, the command that comes after it, and how it is judged.
+    """What was done to a copy of a state, the command that comes after it, and how it is judged."""
 
-    Attributes:
-        what: the harm in one line.
-        command: the command, run inside the copy.
-        names: a refusal must contain one of these: names of files or fields.
-        planted: paths that are the user's although they are in `run.dir`.
-        expect: `same` results as undisturbed, `any` results, or a `refusal`.
-        early: whether a refusal must come when the configuration is read: within seconds, and nothing is written.
-        last_resort: whether exit code 70 is a way to end.
-        native: whether native code may end the process, as where it gets no memory.
-        elsewhere: whether the harm lets rarec write outside `run.dir`.
-        check: returns what is wrong with the place and the outcome of a command that ended with exit code 0.
-        again: whether the same command, in ordinary surroundings, must then succeed.
-        restore: undoes the harm before that.
-        release: called when the case is over.
-    """
-
-    what: str
-    command: Command
-    names: tuple[str, ...] = ()
-    planted: tuple[str, ...] = ()
-    expect: str = "same"
-    early: bool = False
-    last_resort: bool = False
-    native: bool = False
-    elsewhere: bool = False
-    check: Callable[[Path, Outcome], list[str]] = lambda place, outcome: []
-    again: bool = False
-    restore: Callable[[], object] = lambda: None
-    release: Callable[[], object] = lambda: None
+    what: str  # the harm in one line
+    command: Command  # run inside the copy
+    names: tuple[str, ...] = ()  # a refusal must contain one of these: names of files or fields
+    planted: tuple[str, ...] = ()  # paths that are the user's although they are in `run.dir`
+    expect: str = "same"  # results as undisturbed; the same `tables` of prepared data; `any` results; a `refusal`
+    codes: tuple[int, ...] = ENDS  # exit codes with which the command may end
+    early: bool = (
+        False  # a refusal must come when the configuration is read: within seconds, before anything is written
+    )
+    elsewhere: bool = False  # rarec may write outside `run.dir`
+    interruptions: tuple[Command, ...] = ()  # the same command, interrupted; they come first, and end as they like
+    ranks: int = 1  # number of processes that run the command
+    reference: str = "finished"  # the state with the undisturbed results
+    again: bool = False  # the same command, in ordinary surroundings, must then succeed
+    restore: Callable[[], object] = lambda: None  # undoes the harm before that, and in the end
 
     def afterwards(self) -> "Harm":
         """Return the same command in ordinary surroundings, which must succeed."""
         command = Command(self.command.words, self.command.cwd)
-        return replace(self, command=command, names=(), last_resort=False, again=False)
+        expect = "same" if self.expect == "refusal" else self.expect
+        return replace(self, command=command, names=(), codes=(0,), expect=expect)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Judge:
-    """Say what is wrong with the end of one case.
+    """Say what is wrong with the end of one case."""
 
-    Args:
-        world: has the undisturbed results.
-        root: the copy.
-        harm: what was done.
-        original: the state before the harm.
-        before: the tree after the harm and before the command.
-        after: the tree after the command.
-    """
-
-    world: World
-    root: Path
+    world: World  # has the undisturbed results
+    root: Path  # the copy
     harm: Harm
-    original: Tree
-    before: Tree
-    after: Tree
-
-    @property
-    def users(self) -> Tree:
-        """What is the user's right after the harm: all outside `run`, and what was put inside."""
-        return {path: entry for path, entry in self.before.items() if path != RUN and self._is_users(path)}
-
-    def _is_users(self, path: str) -> bool:
-        planted = any(path == mine or path.startswith(f"{mine}/") for mine in self.harm.planted)
-        return planted or path not in self.original or not path.startswith(f"{RUN}/")
+    original: Tree  # the state before the harm
+    before: Tree  # after the harm and before the command
+    after: Tree  # after the command
 
     def faults(self, outcome: Outcome) -> list[str]:
         """Return what is wrong; nothing if all is as it must be."""
-        kept = [*self._users_files(), *self._outside(outcome)]
-        if outcome.code is None:
-            return [*kept, "it hangs"]
-        native = self.harm.native and outcome.code in NATIVE and outcome.stderr
-        if native or (outcome.code == BROKEN_PIPE and self.harm.command.stdout == "broken"):
-            return kept
-        if outcome.code not in [0, 2] + [LAST_RESORT] * self.harm.last_resort:
-            kept.append(f"exit code {outcome.code}: {_last_line(outcome.stderr)}")
-        kept += [*self._output(outcome), *self._permissions()]
-        if outcome.code:
-            return [*kept, *self._refusal(outcome), *self._finished_work()]
-        return [*kept, *self.results(), *self.harm.check(self.root, outcome)]
+        code = outcome.code
+        kept = [stage for stage in FOLDERS if code or stage not in self._stages()]
+        faults = [*self._users_files(), *self._outside(), *self._lost_work(folders_of(kept))]
+        if code is None:
+            return [*faults, "it hangs"]
+        if code not in self.harm.codes:
+            faults.append(f"exit code {code}: {_last_line(outcome.stderr)}")
+        elif code not in (*ENDS, LAST_RESORT):
+            return faults  # ended by a signal, as it may be
+        faults += [*self._output(outcome), *self._permissions()]
+        return [*faults, *(self._refusal(outcome) if code else [*self.results(), *self._use(outcome)])]
+
+    def _stages(self) -> list[str]:
+        """Return the stages that the command runs."""
+        words = self.harm.command.words
+        return [] if BUNDLE in words else STAGES if words[0] == "run" else words[:1]
 
     def _users_files(self) -> Iterator[str]:
-        users = self.users
-        for path, entry in users.items():
+        """Check all that is outside `run` or was put inside: it is the user's."""
+        for path, entry in self.before.items():
+            if not (self._is_planted(path) or path not in self.original or not path.startswith(f"{RUN}/")):
+                continue
             now, is_folder = self.after.get(path), stat.S_ISDIR(entry.kind)
-            empty = not any(other.startswith(f"{path}/") for other in users)
-            if now is None and (empty or not is_folder):
+            if now is None and not is_folder:  # an empty one may go; what is in one is a path of its own
                 yield f"the user's {path} is gone"
             elif now and (now.kind != entry.kind or (not is_folder and now != entry)):
                 yield f"the user's {path} was changed: {entry} -> {now}"
 
-    def _outside(self, outcome: Outcome) -> Iterator[str]:
-        own = (RUN, "home", *["tmp"] * (outcome.code in NATIVE))  # a process that native code ends cannot tidy up
+    def _is_planted(self, path: str) -> bool:
+        return any(path == planted or path.startswith(f"{planted}/") for planted in self.harm.planted)
+
+    def _outside(self) -> Iterator[str]:
+        killed = self.harm.interruptions or min(self.harm.codes) < 0  # such a process cannot tidy up
+        own = (RUN, "home", *["tmp"] * bool(killed))
         for path in self.after:
             if not self.harm.elsewhere and path not in self.before and path.split("/")[0] not in own:
                 yield f"it wrote {path}, outside run.dir"
@@ -160,7 +133,8 @@ class Judge:
             yield f"no remedy: {message.splitlines()[0][:300]}"
         if self.harm.names and not any(name.lower() in message.lower() for name in self.harm.names):
             yield f"none of {', '.join(self.harm.names)} is named: {message[:300]}"
-        if self.harm.early and _below_run(self.before) != _below_run(self.after):
+        inside = [path for path in self.before | self.after if path.startswith(f"{RUN}/")]
+        if self.harm.early and any(_content(self.before, path) != _content(self.after, path) for path in inside):
             yield f"refused late, after something was written: {message[:200]}"
         if self.harm.early and outcome.cpu > EARLY:
             yield f"refused after {outcome.cpu:.1f} s of CPU time"
@@ -173,15 +147,15 @@ class Judge:
             if path not in self.before and full is not None and entry.mode != full & ~umask:
                 yield f"{path} has mode {entry.mode:o} under umask {umask:o}"
 
-    def _finished_work(self) -> Iterator[str]:
-        """After a refusal: finished artefacts are there, or were made anew; half built ones have lost nothing."""
-        for folder in folders_of(FOLDERS):
+    def _lost_work(self, folders: list[str]) -> Iterator[str]:
+        """Check that finished artefacts are there, or were made anew, and that half built ones have lost nothing."""
+        for folder in folders:
             place = f"{RUN}/{folder}"
             if f"{place}/{MANIFEST}" in self.original and self._broken(folder):
-                listed = [f"{place}/{name}" for name in self.world.manifests[folder]["files"]]
+                listed = [f"{place}/{name}" for name in self._undisturbed(folder)["files"]]
                 yield from (f"finished {path} was lost" for path in listed if self._lost(path))
             elif folder in HALF.values() and f"{place}/{MANIFEST}" not in self.original | self.after:
-                begun = [path for path in self.original if path.startswith(f"{place}/") and path.endswith(_KEPT)]
+                begun = [path for path in self.original if path.startswith(f"{place}/") and path.endswith(TENSORS)]
                 yield from (f"begun {path} was lost" for path in begun if self._lost(path))
 
     def _lost(self, path: str) -> bool:
@@ -193,12 +167,24 @@ class Judge:
         """Judge what a command leaves that ended with exit code 0."""
         if self.harm.expect == "refusal":
             yield "exit code 0, although it must be refused"
-        stage = self.harm.command.words[0]
-        for folder in folders_of([name for name in FOLDERS if stage in (name, "run")]):
-            broken = self._broken(folder)
-            if broken:
-                yield f"exit code 0, but {broken}"
-        yield from (f"it left {path}" for path in self.after if TEMPORARY.search(path) and path not in self.before)
+        folders = folders_of(self._stages())
+        yield from (f"exit code 0, but {broken}" for broken in map(self._broken, folders) if broken)
+        yield from (f"it left {path}" for path in self.after if LEFT.search(path) and path not in self.before)
+        if self.harm.interruptions:
+            own = tuple(f"{RUN}/{folder}/" for folder in folders)
+            expected = snapshot(self.world.state(self.harm.reference))
+            tensors = [path for path in self.after | expected if path.startswith(own) and path.endswith(TENSORS)]
+            yield from (f"{path} differs" for path in tensors if _content(self.after, path) != _content(expected, path))
+
+    def _use(self, outcome: Outcome) -> Iterator[str]:
+        """Check that a command prints and writes what it does with an undisturbed bundle."""
+        if BUNDLE in self.harm.command.words and self.harm.expect == "same":
+            printed, expected = self.world.undisturbed(" ".join(self.harm.command.words))
+            made = {path: content for path, content in written(self.after).items() if not self._is_planted(path)}
+            other = [path for path in made | expected if made.get(path) != expected.get(path)]
+            yield from (f"{path} is not what it is without the harm" for path in other[:3])
+            if outcome.stdout and outcome.stdout != printed:
+                yield f"it printed {outcome.stdout[:200]!r}, not {printed[:200]!r}"
 
     def _broken(self, folder: str) -> str:
         """Return what is wrong with an artefact as it is now; empty if it is whole, and equal to the undisturbed."""
@@ -208,26 +194,24 @@ class Judge:
         try:
             manifest = read_json(self.root / place / MANIFEST)
             is_right = manifest["hash"] == sha256_json({name: manifest[name] for name in IDENTITY})
-            damaged = [name for name, sha in manifest["files"].items() if self._content(f"{place}/{name}") != sha]
+            files = manifest["files"].items()
+            damaged = [name for name, sha in files if _content(self.after, f"{place}/{name}") != sha]
         except (UserError, OSError, LookupError, AttributeError, TypeError) as error:
             return f"{place}/{MANIFEST} cannot be read: {error!r}"
         if not is_right or damaged:
             return f"{place}/{damaged[0] if damaged else MANIFEST} is damaged"
-        same = folder == "report" or manifest["hash"] == self.world.manifests[folder]["hash"]
-        return "" if same or self.harm.expect != "same" else f"{place} differs from the undisturbed one"
+        field = {"same": "hash", "tables": "files"}.get(self.harm.expect)
+        same = field is None or folder == "report" or manifest[field] == self._undisturbed(folder)[field]
+        return "" if same else f"{place} differs from the undisturbed one"
 
-    def _content(self, path: str) -> str | None:
-        entry = self.after.get(path)
-        return entry.content if entry else None
-
-
-def remedies(message: str) -> list[str]:
-    """Return the remedies in a message: what follows each `->` at the beginning of a line."""
-    return [line.strip().removeprefix("->").strip() for line in message.splitlines() if line.strip().startswith("->")]
+    def _undisturbed(self, folder: str) -> dict[str, Any]:
+        """Return the manifest of an artefact of the undisturbed run."""
+        manifest: dict[str, Any] = read_json(self.world.state(self.harm.reference) / RUN / folder / MANIFEST)
+        return manifest
 
 
-def _below_run(tree: Tree) -> set[tuple[str, str]]:
-    return {(path, entry.content) for path, entry in tree.items() if path.startswith(f"{RUN}/")}
+def _content(tree: Tree, path: str) -> str | None:
+    return tree[path].content if path in tree else None
 
 
 def _last_line(text: str) -> str:

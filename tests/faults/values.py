@@ -1,70 +1,68 @@
-"""Harms to what the user gives: fields of the configuration (`values`), logs and language models (`inputs`)."""
+"""Harms to what the user gives: the configuration (`values`), logs, language models and arguments (`inputs`)."""
 
-import csv
 import gzip
-import io
 import json
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 import yaml
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
 
 from rarec.config import RunConfig
 from rarec.config.load import set_field
 from tests.commands import Command
+from tests.faults.files import DAMAGES, Change, Draw, copied, damage_bytes
 from tests.faults.judge import Harm
-from tests.faults.world import Draw, World
+from tests.tiny_runs import BUNDLE, LOG, NEW, TABLE, USES, World
 
-Rows = list[dict[str, Any]]
-NUMBERS = st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e308, 10**30, -(10**30), 10**400])
-"""Numbers that are refused when the configuration is read, or can be worked with: in no case later."""
-_PLACES = "../../.. ~/x s3://bucket/x file:///nowhere/x /dev/null config.yaml/x /proc/x log/interactions.csv os:system"
+_PLACES = ". log ../../.. ~/x s3://b/x file:///nowhere/x /dev/null config.yaml/x /proc/x log/interactions.csv os:system"
 _TEXTS = ["", " ", "{history}{soft:id}{", "<b>[bold]x[/red]", "=cmd|'/c calc'!A0", "2020-02-30", "x" * 10**5, "\ud800"]
 TEXTS = st.sampled_from([*_TEXTS, *_PLACES.split()]) | st.text(max_size=20)
 _PLAIN = TEXTS | st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 ODD = st.recursive(_PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
 """Values that a field or a column may be given, as JSON can hold them."""
-
-
-def _flip(draw: Draw, data: bytes, other: bytes) -> bytes:
-    changed = bytearray(data or b"\0")
-    changed[draw(st.integers(0, len(changed) - 1))] ^= 1 << draw(st.integers(0, 7))
-    return bytes(changed)
-
-
-DAMAGES: dict[str, Callable[[Draw, bytes, bytes], bytes]] = {
-    "one bit flipped": _flip,
-    "cut short": lambda draw, data, other: data[: draw(st.integers(0, len(data) - 1))] if data else b"{",
-    "emptied": lambda draw, data, other: b"",
-    "doubled": lambda draw, data, other: data * 2,
-    "a byte more": lambda draw, data, other: data + b"\n",
-    "noise": lambda draw, data, other: draw(st.randoms(use_true_random=False)).randbytes(max(8, len(data))),
-    "zeros": lambda draw, data, other: bytes(len(data)),
-    "another file's bytes": lambda draw, data, other: other,
-    "an empty list": lambda draw, data, other: b"[]",
+NUMBERS = st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e308, 10**30, -(10**30), 10**400])
+"""Numbers that are refused when the configuration is read, or can be worked with: in no case later."""
+_MANY = "".join(f"\nf{n}: 1" for n in range(10**5))
+_BOMB = "".join(f"\na{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
+REFUSED = [
+    *("{x: &e [*e]}", "!mine {}", "!!python/object/apply:os.system ['touch mine']", "[*nothing]", "1\n\t- 1"),
+    *('1\n"\\e[31mred": 1', "1\n3: {a: 1}", "1\nreport: {}", "1\n---\nrun: {}", f"1{_MANY}"),
+    *("[" * 2000 + "]" * 2000, "{a: " * 2000 + "1" + "}" * 2000, f"1\na0: &a0 [x, x]{_BOMB}\nx: *a11"),
+]
+"""YAML that no field can hold, or that no configuration can hold after a field."""
+HARMLESS = ["2020-01-01", "0o1", "1:30", "{<<: [{a: 1}, {a: 1}]}", "1" + "\n# x" * 2_500_000]
+"""YAML that a field may hold."""
+FORMS: dict[str, Change] = {
+    "UTF-16": lambda data, at, other: data.decode().encode("utf-16"),
+    "latin-1": lambda data, at, other: data.replace(b"e", b"\xe9"),
+    "a byte-order mark": lambda data, at, other: b"\xef\xbb\xbf" + data,
+    "NUL bytes": lambda data, at, other: data + b"\0\0",
+    "CRLF": lambda data, at, other: data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"),
+    "tabs": lambda data, at, other: data.replace(b"  ", b"\t"),
+    "a column twice": lambda data, at, other: b"\n".join(line + b"," + line for line in data.splitlines()),
+    "other names of columns": lambda data, at, other: data.replace(b"item", b" ITEM"),
+    "rows of other lengths": lambda data, at, other: data + b"u00,i00,1700000000,more,and,more\nu01\n",
+    "a header only": lambda data, at, other: data.splitlines()[0] + b"\n",
 }
-
-
-def damage_bytes(draw: Draw, path: Path, other: Path) -> str:
-    """Damage a file, perhaps with bytes of another; return what was done."""
-    kind: str = draw(st.sampled_from(list(DAMAGES)))
-    path.write_bytes(DAMAGES[kind](draw, path.read_bytes(), other.read_bytes()))
-    return kind
-
-
+"""Other forms of text files."""
+SAME = ("a byte-order mark", "CRLF")
+"""Forms in which a table is the same."""
 STAGE_OF = {
     **{"run": "prepare", "sources": "ids", "graph": "ids", "llm": "shards", "prompt": "shards", "readout": "shards"},
     **{"alignment": "train", "lora": "train", "loss": "train"},
 }
 """Stages that read a section first, where it does not bear the stage's name."""
-ELSEWHERE = ("run.dir", "run.shared", "prepare.scratch")
+ELSEWHERE = ["run.dir", "run.shared", "prepare.scratch"]
 """Fields that say where rarec writes."""
 
 
@@ -81,109 +79,119 @@ FIELDS = sorted(fields())
 
 
 def set_value(draw: Draw, world: World, place: Path) -> Harm:
-    """Set a field to an odd value, in the file or as an override."""
-    world.copy("finished", place)
-    field, is_number = draw(st.sampled_from(FIELDS)), draw(st.booleans())
-    value = draw(NUMBERS if is_number else ODD)
+    """Set a field to an odd value, in the file or as an override; or damage the file."""
+    path, way = place / "config.yaml", draw(st.integers(0, 7))
+    if way == 7:
+        command = copied(world, place, "finished", [draw(st.sampled_from(["prepare", "report"])), path.name])
+        what = damage_bytes(draw, path, place / LOG, DAMAGES | FORMS)
+        return Harm(f"a configuration: {what}", command, (path.name,), expect="any")
+    field, early = draw(st.sampled_from(FIELDS + ELSEWHERE * 5)), way < 4
+    values, written = (NUMBERS, REFUSED) if early else (ODD, HARMLESS)
+    value = draw(values.map(_in_yaml) | st.sampled_from(written))
     section, *parts = field.split(".")
-    words = [STAGE_OF.get(section, section), "config.yaml", "--fresh"]
-    if draw(st.booleans()) and "\0" not in str(value) and "\ud800" not in str(value):  # no argument can hold these
-        words.append(f"{field}={_in_yaml(value)[:100_000]}")
+    command = copied(world, place, "finished", [STAGE_OF.get(section, section), path.name, "--fresh"])
+    if draw(st.booleans()):
+        command.words.append(f"{field}={value[:100_000]}")
     else:
-        _write(place / "config.yaml", field, value)
-    names = (parts[-1] if parts else section, field, section, "config.yaml, line")
-    command, elsewhere = Command(words, str(place)), field in ELSEWHERE
-    return Harm(f"{field}: {value!r:.80}", command, names, expect="any", early=is_number, elsewhere=elsewhere)
+        tree = yaml.safe_load(path.read_text())
+        set_field(tree, field, "PLACE-OF-THE-VALUE")
+        path.write_text(yaml.safe_dump(tree, sort_keys=False).replace("PLACE-OF-THE-VALUE", value))
+    names = (parts[-1] if parts else section, field, section, path.name)
+    harm = Harm(f"{field}: {value:.80}", command, names, expect="any", early=early)
+    return replace(harm, elsewhere=field in ELSEWHERE)
 
 
 def _in_yaml(value: Any) -> str:
     return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(str(value)) or json.dumps(value)
 
 
-def _write(path: Path, field: str, value: Any) -> None:
-    """Set a field in a file, even to what no YAML library would write."""
-    tree = yaml.safe_load(path.read_text())
-    set_field(tree, field, "PLACE-OF-THE-VALUE")
-    path.write_text(yaml.safe_dump(tree, sort_keys=False).replace("PLACE-OF-THE-VALUE", _in_yaml(value)))
-
-
-# ---- logs and language models
-
-
-FORMATS = ("csv", "csv.gz", "jsonl", "jsonl.gz", "parquet")
-
-
 def harm_input(draw: Draw, world: World, place: Path) -> Harm:
-    """Harm the log, the catalogue or the language model."""
-    return draw(st.sampled_from([_odd_value, _odd_value, _odd_bytes, _odd_model]))(draw, world, place)
+    """Harm the log, the catalogue, new items or the language model, or give odd arguments."""
+    harms = [_harm_table, _harm_table, _harm_table, _harm_model, _odd_argument]
+    return draw(st.sampled_from(harms))(draw, world, place)
 
 
-def write_rows(rows: Rows, path: Path) -> None:
-    """Write rows in the format that the name says."""
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-        return
-    text = io.StringIO()
-    if ".jsonl" in path.name:
-        text.writelines(json.dumps(row) + "\n" for row in rows)
-    else:
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    data = text.getvalue().encode(errors="surrogatepass")
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
-
-
-def read_rows(path: Path) -> Rows:
-    """Return the rows of a CSV file of the world."""
-    with path.open() as file:
-        return [row | ({"time": int(row["time"])} if "time" in row else {}) for row in csv.DictReader(file)]
-
-
-def odd_column(draw: Draw, path: Path, rows: Rows) -> tuple[str, str]:
-    """Put odd values into one column; return its name and what was done."""
-    column, value = draw(st.sampled_from(list(rows[0]))), draw(ODD | NUMBERS)
-    count = draw(st.sampled_from([1, len(rows) // 2, len(rows)]))
-    for row in rows[:count]:
-        row[column] = value
-    return column, f"{path.name}, column {column}: {value!r:.60} in {count} of {len(rows)} rows"
-
-
-def _table(draw: Draw, world: World, place: Path) -> tuple[Path, Rows, Command]:
-    """Choose one of the two tables and a format; return file, rows and the command that reads it."""
-    world.copy("new", place)
-    table, form = draw(st.sampled_from(["interactions", "items"])), draw(st.sampled_from(FORMATS))
-    path, rows = place / "log" / f"{table}.{form}", read_rows(place / "log" / f"{table}.csv")
-    command = Command(["prepare", "config.yaml", f"prepare.{table}.path=log/{path.name}"], str(place))
-    return path, rows, command
-
-
-def _odd_value(draw: Draw, world: World, place: Path) -> Harm:
-    """Put odd values into one column."""
-    path, rows, command = _table(draw, world, place)
+def _harm_table(draw: Draw, world: World, place: Path) -> Harm:
+    """Put odd values into a column of a table, damage its bytes, or write it in another form."""
+    name = draw(st.sampled_from([LOG, LOG, "log/items.csv", TABLE]))
+    form = draw(st.sampled_from(["csv", "csv.gz", "jsonl", "jsonl.gz", "parquet"]))
+    uses = [line for line in USES if name in line]
+    world.copy("finished" if name == TABLE or (uses and draw(st.booleans())) else NEW, place)
+    rows = pd.read_csv(place / name, keep_default_na=False).to_dict("records")
+    path = (place / name).with_suffix(f".{form}")
+    new = path.relative_to(place).as_posix()
+    words = ["prepare", "config.yaml", f"prepare.{path.name.split('.')[0]}.path={new}"]
+    if world.copied == "finished":
+        words = draw(st.sampled_from(uses)).replace(name, new).split()
     write_rows(rows, path)
-    column, what = odd_column(draw, path, rows)
-    with suppress(pa.ArrowException, UnicodeEncodeError, OverflowError):  # this format cannot hold it
-        write_rows(rows, path)
-    return Harm(what, command, (path.name, column, "log"), expect="any")
-
-
-def _odd_bytes(draw: Draw, world: World, place: Path) -> Harm:
-    """Damage the bytes of a log."""
-    path, rows, command = _table(draw, world, place)
-    write_rows(rows, path)
-    kind = damage_bytes(draw, path, place / "config.yaml")
-    return Harm(f"{path.name}: {kind}", command, (path.name, "log"), expect="any")
-
-
-def _odd_model(draw: Draw, world: World, place: Path) -> Harm:
-    """Damage or remove a file of the language model."""
-    world.copy("upto-neighbours", place)
-    path = draw(st.sampled_from(sorted((place / "llm").iterdir())))
-    kind, expect = "removed", "any" if path.name == "tokenizer_config.json" else "refusal"
+    command, column, expect = Command(words, str(place)), draw(st.sampled_from(list(rows[0]))), "any"
     if draw(st.booleans()):
-        kind, expect = damage_bytes(draw, path, place / "config.yaml"), "any"
+        what = damage_bytes(draw, path, place / "config.yaml", DAMAGES | (FORMS if form == "csv" else {}))
+        is_checked = form.endswith(".gz") and what not in ("emptied", "another file's bytes", "an empty list")
+        expect = "tables" if words[0] == "prepare" and (is_checked or what in SAME) else "any"
     else:
+        value, count = draw(ODD | NUMBERS), draw(st.sampled_from([1, len(rows) // 2, len(rows)]))
+        what = f"{column}: {value!r:.60} in {count} rows"
+        with suppress(pa.ArrowException, UnicodeEncodeError, OverflowError):  # this format cannot hold it
+            write_rows([row | {column: value} for row in rows[:count]] + rows[count:], path)
+    return Harm(f"{new}: {what}", command, (path.name, column, "log", "--columns"), expect=expect)
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows in the format that the name says."""
+    if ".jsonl" in path.name:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    else:
+        frame = pd.DataFrame(rows, dtype=object)
+        frame.to_parquet(path) if path.suffix == ".parquet" else frame.to_csv(path, index=False, errors="surrogatepass")
+
+
+def _harm_model(draw: Draw, world: World, place: Path) -> Harm:
+    """Damage or remove a file of the language model, change its shape or its weights, or pickle it."""
+    world.copy("before-shards", place)
+    path, weights = draw(st.sampled_from(sorted((place / "llm").iterdir()))), place / "llm" / "model.safetensors"
+    kind, expect = draw(st.sampled_from(["damaged", "removed", "pickled", "another shape", "not a number"])), "refusal"
+    if kind == "damaged":
+        kind, expect = damage_bytes(draw, path, place / "config.yaml"), "any"
+    elif kind == "removed":
         path.unlink()
+        expect = "any" if path.name == "tokenizer_config.json" else "refusal"
+    elif kind == "pickled":
+        torch.save(load_file(weights), place / "llm" / "pytorch_model.bin")
+        weights.unlink()
+    elif kind == "another shape":
+        path = place / "llm" / "config.json"
+        field = draw(st.sampled_from(["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"]))
+        value = draw(st.sampled_from([1_000, 10**9, 0, -1, "many", None, 1e308, [2]]))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    else:
+        tensors = load_file(weights)
+        name = draw(st.sampled_from(sorted(name for name in tensors if "pooler" not in name)))
+        tensors[name].view(-1)[0] = draw(st.sampled_from([float("nan"), float("inf")]))
+        save_file(tensors, weights, {"format": "pt"})
     command = Command(["shards", "config.yaml"], str(place))
     return Harm(f"llm/{path.name}: {kind}", command, (path.name, "llm", "tokenizer"), expect=expect)
+
+
+OPTIONS = """-k 0, -k -3, -k many, --device tpu, --device cuda:99, --llm log, --llm /nowhere, --columns price=item,
+--vectors id, --vectors id=log/items.csv, --least 1.01, --to peft, --to nothing, --out log, --out /proc/nowhere/out.csv
+"""
+"""Options that no command takes with these values."""
+ARGUMENTS = {BUNDLE: "log run/prepare /no", TABLE: "log/items.csv", "i003": "nothing", "u001": "nobody"}
+"""Arguments that are refused, by those in whose place they are given."""
+
+
+def _odd_argument(draw: Draw, world: World, place: Path) -> Harm:
+    """Ask for what cannot be, or in an odd way."""
+    world.copy("finished", place)
+    words, way = draw(st.sampled_from(USES)).split(), draw(st.integers(0, 2))
+    if way == 0:
+        text = draw(TEXTS).replace("\0", "").encode(errors="ignore").decode()[:10_000]
+        return Harm("a history", Command([*USES[0].split()[:3], text], str(place)), expect="any")
+    if way == 1:
+        words += draw(st.sampled_from(OPTIONS.replace("\n", " ").strip().split(", "))).split()
+    else:
+        old = draw(st.sampled_from([word for word in words if word in ARGUMENTS]))
+        words[words.index(old)] = draw(st.sampled_from(ARGUMENTS[old].split()))
+    return Harm("an argument", Command(words, str(place)), expect="refusal")
