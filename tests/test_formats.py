@@ -264,12 +264,13 @@ def test_a_card_names_a_language_model_of_the_hub_and_no_path_of_this_machine(mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
-def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(served, recommender, kind, tmp_path):
+def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(run, kind, tmp_path):
     """An approximate index looks at some items only; those that are allowed may not be among them."""
     from rarec.bundle.recommended import Request
     from rarec.serve.engines import OnnxEngine
 
-    folder = write(recommender, tmp_path / kind, ["onnx", "faiss"], index=kind)
+    recommender = rarec.load(exported(run, tmp_path, "export.variant=id_only+cheap").directory("export"))
+    folder = write(recommender, tmp_path / kind, BOTH, index=kind)
     known = recommender.items
     requests = [Request([item], k=3, allow=known[10:14]) for item in known[:8]]
     result, expected = OnnxEngine(folder, threads=1).answer(requests), recommender.answer(requests)
