@@ -11,7 +11,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from tests.commands import Command
-from tests.faults.judge import Harm
+from tests.faults.judge import TENSORS, Harm
 from tests.tiny_runs import BEFORE, BUNDLE, HALF, NEW, RUN, STAGES, USES, World, folders_of, half_built
 
 Draw = Callable[..., Any]
@@ -81,8 +81,8 @@ def plant(draw: Draw, world: World, place: Path) -> Harm:
     if draw(st.integers(0, 5)) == 5:
         return _input_inside(draw, world, place)
     command = choose(draw, world, place, [NEW, *["finished"] * len(BEFORE), *BEFORE])
-    stage = "" if BUNDLE in command.words else command.words[0]
-    tops = tuple(folder.split("/")[0] for folder in folders_of([stage]))
+    folders = folders_of([] if BUNDLE in command.words else command.words[:1])
+    tops = tuple(folder.split("/")[0] for folder in folders)
     near = [name for name in NAMES if name.lstrip(".").startswith(tops or "out")]
     name, kind = draw(st.sampled_from(near) | st.sampled_from(NAMES)), draw(st.sampled_from(list(PLANTS)))
     path = place / RUN / name
@@ -145,7 +145,9 @@ def damage(draw: Draw, world: World, place: Path) -> Harm:
         folders = [half_built(command.words[0], "fresh" in world.copied).as_posix()]
     folder = place / RUN / draw(st.sampled_from(folders) | st.sampled_from([*folders, "."]))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path, kind = draw(st.sampled_from(files)), draw(st.sampled_from([*["damaged"] * 6, *REPLACED]))
+    tensors = [path for path in files if path.suffix in TENSORS]
+    path = draw(st.sampled_from(tensors or files) | st.sampled_from(files))
+    kind = draw(st.sampled_from([*["damaged"] * 6, *REPLACED]))
     if kind == "damaged":
         kind = damage_bytes(draw, path, draw(st.sampled_from(files)))
     else:

@@ -167,4 +167,4 @@ def run(command: Command, ranks: int = 1) -> Outcome:
             with suppress(ProcessLookupError):
                 os.kill(process.pid or 0, number)
     codes = job.codes(60 if command.kill_after else 240)
-    return Outcome(next(filter(None, codes), 0), "", job.said(), 0.0)
+    return Outcome(next(filter(None, codes), 0), "", job.said() if job.stderr[0].exists() else "", 0.0)

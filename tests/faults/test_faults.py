@@ -125,8 +125,6 @@ ITEMS, NOTES = "run/prepare/items.parquet", "run/bundle/notes.txt"
     [
         (lambda place: None, 2, GOOD, ""),
         (lambda place: None, -signal.SIGSEGV, GOOD, "exit code -11"),
-        (lambda place: None, None, "", "it hangs"),
-        (lambda place: None, 2, GOOD * 2, "2 lines"),
         (lambda place: None, 2, GOOD.splitlines()[0], "no remedy"),
         (lambda place: None, 2, GOOD.replace("items.parquet", "a file"), "named"),
         (lambda place: None, 2, GOOD.replace("damaged", "damaged\x1b[31m"), "control character"),
