@@ -249,11 +249,10 @@ def test_an_interrupt_on_the_way_into_a_with_leaves_nothing_aside(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(name, finished, tmp_path):
-    number, moments = getattr(signal, name), random.Random(5)
+def test_a_run_that_is_interrupted_at_any_moment_leaves_nothing_half_written(finished, tmp_path):
+    moments = random.Random(5)
     command = Command(["run", str(finished), f"run.dir={tmp_path / 'run'}", "train.epochs=1"], str(tmp_path))
-    for _ in range(5):
+    for number in [signal.SIGINT, signal.SIGTERM] * 4:
         moment = moments.choice([moments.uniform(0.05, 0.5), moments.uniform(0.5, 5)])
         ended = run_command(replace(command, kill_after=(number, moment)))
         assert ended.code in (0, 128 + number), ended.stderr
