@@ -21,8 +21,8 @@ from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
 from rarec.ids.source import LEFT, MAPPED_ITEMS
 from rarec.neighbours.base import pairs_of
+from rarec.neighbours.scores import newest_first, score
 from rarec.ranking import VectorRanker
-from rarec.ranking.neighbour_scores import newest_first, score
 
 
 def add_items(

@@ -18,9 +18,9 @@ from rarec.export import Target, raise_if_far
 from rarec.export.formats import add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, taken, write_graph
 from rarec.models.towers import side_batch
+from rarec.neighbours import scores
 from rarec.prompts import Encoded, PromptPair, lay_out
 from rarec.prompts.hybrid import Marks
-from rarec.ranking import neighbour_scores
 
 Float32 = npt.NDArray[np.float32]
 QUERY, INT8, ITEM = "query.onnx", "query.int8.onnx", "item.onnx"
@@ -74,7 +74,7 @@ class Onnx(Target):
 def copy_client(directory: Path) -> None:
     """Copy the client into a folder, and the formula that it shares with rarec."""
     copy_beside(directory, CLIENT)
-    shutil.copyfile(neighbour_scores.__file__, directory / "rarec_scores.py")
+    shutil.copyfile(scores.__file__, directory / "rarec_scores.py")
 
 
 def copy_beside(directory: Path, *names: str) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 try:
     from rarec_scores import newest_first, score  # the copy in an exported folder
 except ImportError:
-    from rarec.ranking.neighbour_scores import newest_first, score
+    from rarec.neighbours.scores import newest_first, score
 
 
 class Client:

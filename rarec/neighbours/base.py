@@ -1,6 +1,6 @@
 """Neighbour models: from a prepared dataset to a table of each item's nearest other items.
 
-Scores are above 0; `rarec.ranking.neighbour_scores` has the formula that sums them over a history.
+Scores are above 0; `rarec.neighbours.scores` has the formula that sums them over a history.
 
 Shape letters: N catalogue, M neighbours kept, P pairs of an item and a neighbour, A added items.
 """

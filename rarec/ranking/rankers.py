@@ -19,7 +19,7 @@ import torch
 from scipy import sparse
 
 from rarec.distributed.world import CPU, SINGLE, World
-from rarec.ranking.neighbour_scores import factor_of_sums, newest_first, score
+from rarec.neighbours.scores import factor_of_sums, newest_first, score
 from rarec.ranking.rank import USERS_AT_A_TIME, EvalBatch, Scores, VectorScores, best_scores, rank_scores
 
 Float32 = npt.NDArray[np.float32]
