@@ -66,9 +66,9 @@ def recommend(
         return
     from rarec.bundle.users import open_log
 
-    with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, given, user) as (_, users):
+    with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, say, given, user) as (_, users):
         rows = [own for _, own in users]
-    _print(recommender.recommend_to(rows, k)[0] if rows else recommender.recommend([[]], k)[0])
+    _print(recommender.recommend_to(rows, k)[0])
 
 
 def _recommend_to_all(
@@ -82,7 +82,7 @@ def _recommend_to_all(
     world = join_world(device, "--device", "--device cpu")
     with watched(world), _columns(columns, OF_LOG) as given:
         recommender = world.run_on_all(lambda: load(str(world.device)))
-        rows = recommend_all(recommender, log, out, k, columns=given, world=world)
+        rows = recommend_all(recommender, log, out, k, say=say, columns=given, world=world)
     say(f"{out}: {rows:,} rows")
 
 

@@ -1,5 +1,6 @@
 """Recommendations for a user of a run's dataset, by its bundle alone."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rarec.bundle.write import next_version
 from rarec.entry import open_run
 from rarec.stages.run import Run
 from rarec.storage.artefacts import read_manifest, write_manifest
-from rarec.storage.files import read_json, write_json
+from rarec.storage.files import read_json
 
 
 def histories(run: Run, users: list[str]) -> list[list[str]]:
@@ -51,6 +52,6 @@ def without_items(bundle: Path, items: list[str], out: Path | None = None) -> Pa
 def sealed(bundle: Path, **changes: object) -> None:
     """Change facts of a bundle, and its manifest with them."""
     if changes:
-        write_json(bundle / FACTS, {**read_json(bundle / FACTS), **changes})
+        (bundle / FACTS).write_text(json.dumps({**read_json(bundle / FACTS), **changes}))  # NaN as well
     manifest = read_manifest(bundle, "bundle")
     write_manifest(bundle, "bundle", settings=manifest["settings"], made_from=manifest["made_from"])

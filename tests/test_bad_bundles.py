@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import rarec
 from rarec import cli_bundle
 from rarec.bundle.bundle import FACTS, VECTORS
-from rarec.bundle.users import recommend_all
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.storage.artefacts import MANIFEST, read_manifest, sha256_json
@@ -99,6 +98,33 @@ def model(change):
     return harm
 
 
+def users(**changes):
+    """Change the settings of an ID model."""
+
+    def harm(bundle: Path) -> None:
+        sources = read_json(bundle / FACTS)["sources"]
+        sources["id"]["users"].update(changes)
+        sealed(bundle, sources=sources)
+
+    return harm
+
+
+def neighbours(**changes):
+    return lambda bundle: sealed(bundle, neighbours={**read_json(bundle / FACTS)["neighbours"], **changes})
+
+
+def unlisted(name: str):
+    """Leave a file out of the manifest, and alter it."""
+
+    def harm(bundle: Path) -> None:
+        data = (bundle / name).read_bytes()
+        (bundle / name).unlink()
+        sealed(bundle)
+        (bundle / name).write_bytes(data)
+
+    return harm
+
+
 def linked(bundle: Path) -> None:
     path = bundle / VECTORS
     target = bundle.parent / "elsewhere.safetensors"
@@ -176,6 +202,36 @@ HARMS = {
         facts(tables={"interactions": {}, "duplicates": "drop", "repeats": "first"}),
         "items",
     ),
+    "a file that is not listed": (unlisted("alignment.safetensors"), "alignment.safetensors"),
+    "files that are not those of the hash": (manifest(files={}), "hash"),
+    "an ID model without a size": (users(dim=None), "sources.id.users"),
+    "an ID model of a huge size": (users(dim=100_000), "encoders.safetensors"),
+    "an ID model beyond all sizes": (users(max_history=10**12), "sources.id.users"),
+    "a table of users": (users(kind="table"), "sources.id.users"),
+    "a rule that is none": (users(kind="rule", rule="newest", half_life=1.0, max_history=3), "sources.id.users"),
+    "a negative decay": (neighbours(decay=-0.5), "neighbours.decay"),
+    "a decay that is no number": (neighbours(decay=float("nan")), "neighbours.decay"),
+    "a weight that is not finite": (facts(parts={"popularity": {"weight": 1e999, "slope": 0.0}}), "weight"),
+    "columns of the log that are none": (
+        lambda bundle: sealed(bundle, tables={**read_json(bundle / FACTS)["tables"], "interactions": {"user": 7}}),
+        "interactions.user",
+    ),
+    "encoders that are not finite": (
+        rewritten("encoders.safetensors", tensors(lambda t: t[min(t)].fill_(float("inf")))),
+        "encoders.safetensors",
+    ),
+    "alignment that is not finite": (
+        rewritten("alignment.safetensors", tensors(lambda t: t[min(t)].fill_(float("nan")))),
+        "alignment.safetensors",
+    ),
+    "neighbours without a score": (
+        rewritten("neighbours/ease.parquet", lambda path: pq.write_table(_unscored(pq.read_table(path)), path)),
+        "ease.parquet",
+    ),
+    "counts of another type": (
+        rewritten("items.parquet", lambda path: pq.write_table(_halved(pq.read_table(path)), path)),
+        "items.parquet",
+    ),
     "users of no kind": (
         facts(sources={"id": {"users": {}, "dim": 16, "vectors_per_user": 1, "hash": ""}}),
         "sources.id.users.kind",
@@ -198,6 +254,14 @@ HARMS = {
 def _doubled(table: pa.Table) -> pa.Table:
     ids = table["item_id"].to_pylist()
     return table.set_column(0, "item_id", pa.array([ids[0], *ids[:1], *ids[2:]]))
+
+
+def _unscored(table: pa.Table) -> pa.Table:
+    return table.set_column(2, "score", pa.array([float("nan")] * len(table), pa.float32()))
+
+
+def _halved(table: pa.Table) -> pa.Table:
+    return table.set_column(3, "train_count", pa.array([0.5] * len(table)))
 
 
 def _beyond(table: pa.Table) -> pa.Table:
@@ -301,10 +365,22 @@ def test_a_log_that_cannot_be_read_is_named_and_nothing_is_written(bundle, tmp_p
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_log_of_unknown_items_gives_an_empty_file_with_its_columns(bundle, tmp_path):
-    (tmp_path / "log.csv").write_text("user,item,time\nu,nothing,1\n")
-    assert recommend_all(rarec.load(bundle), str(tmp_path / "log.csv"), tmp_path / "top.parquet", 3) == 0
-    assert pq.read_table(tmp_path / "top.parquet").column_names == ["user", "rank", "item", "title", "score"]
+def test_a_log_of_unknown_items_is_refused_by_the_ids_of_both(bundle, tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,time\nu,1.0,1\n")
+    for options in ({"everyone": True, "out": tmp_path / "top.csv"}, {"user": "u"}):
+        with pytest.raises(UserError, match=r"log\.csv.*catalogue(.|\n)*'1\.0'.*'i000'"):
+            cli_bundle.recommend(bundle, log=str(log), **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "log.csv"}
+
+
+def test_the_ids_of_a_log_that_match_nothing_are_said(bundle, tmp_path, capsys):
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,time\nu,i001,1\nu,nothing,2\nv,neither,1\n")
+    cli_bundle.recommend(bundle, log=str(log), everyone=True, out=tmp_path / "top.csv")
+    said = capsys.readouterr().err
+    assert "2 of 3 items are not in the catalogue" in said
+    assert "1 of 2 users" in said
 
 
 def test_the_command_says_what_was_skipped(bundle, tmp_path, capsys):

@@ -63,7 +63,7 @@ def add_items(
         name: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if _is_table(name) else tensor
         for name, tensor in bundle.encoders.items()
     }
-    pairs = {name: [pairs_of(bundle.neighbours(name))] for name in bundle.tables}
+    pairs = {name: [pairs_of(bundle.near[name])] for name in bundle.tables}
     for name, new_items in parts.new_items.items():
         pairs[name] += new_items.added(new.titles, new.texts)
     catalogue = Catalogue.of(pa.concat_tables([bundle.catalogue.table, new.table]))
@@ -87,7 +87,7 @@ def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path |
     catalogue = Catalogue.of(bundle.catalogue.table.take(kept))
     vectors = {name: table_NE[kept] for name, table_NE in bundle.vectors.items()}
     encoders = {name: tensor[kept] if _is_table(name) else tensor for name, tensor in bundle.encoders.items()}
-    pairs = {name: [pairs_of(bundle.neighbours(name)[kept][:, kept])] for name in bundle.tables}
+    pairs = {name: [pairs_of(bundle.near[name][kept][:, kept])] for name in bundle.tables}
     what = {"removed": len(removed)}
     return write_version(bundle, directory, what, vectors, encoders, catalogue, pairs), len(removed)
 

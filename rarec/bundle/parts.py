@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import csr_matrix
 
-from rarec.bundle.bundle import LLM, MODEL, Bundle, Float32, Rows
+from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
 from rarec.config.neighbours import built_in
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
@@ -55,8 +55,7 @@ class Parts:
     ) -> None:
         self.bundle = bundle
         self._world = world
-        inside = any(Path(file).parent.name == LLM for file in bundle.manifest["files"])
-        self._llm = llm or (str(bundle.directory / LLM) if inside else None)
+        self._llm = llm or (str(bundle.llm) if bundle.llm else None)
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
 
     @cached_property
@@ -108,7 +107,7 @@ class Parts:
             return bundle.sources[facts["id_model"]].ranker()
         lacking_N = None if bundle.knows_new_items(name) else bundle.catalogue.counts_N == 0
         rule = facts["neighbours"]
-        return NeighbourRanker(bundle.neighbours(name), rule["newest"], rule["decay"], lacking_N)
+        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], lacking_N)
 
     @cached_property
     def new_items(self) -> dict[str, NewItems]:
@@ -119,7 +118,7 @@ class Parts:
         rule = bundle.facts["neighbours"]
         models = {name: built_in(name) for name in bundle.tables}
         return {
-            name: model.new_items(known.titles, known.texts, untitled, bundle.neighbours(name), int(rule["top"]))
+            name: model.new_items(known.titles, known.texts, untitled, bundle.near[name], int(rule["top"]))
             for name, model in models.items()
             if model is not None and model.knows_new_items
         }
@@ -138,7 +137,7 @@ class Parts:
         sources = {name: bundle.sources[name] for name in bundle.shapes}
         prompts = self._prompts(bundle.catalogue.titles, bundle.catalogue.texts)
         model = build_model(bundle.config, bundle.variant, self._loaded, bundle.shapes, prompts.sources)
-        load_weights(model, bundle.directory)
+        load_weights(model, bundle.directory, bundle.weights)
         return Encoder(model.eval().to(self._world.device), prompts, sources, self._batch_size, self._world)
 
     def encode_new(self, titles: Sequence[str], texts: Sequence[str], vectors: Mapping[str, Float32]) -> Float32:

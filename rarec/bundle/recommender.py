@@ -269,7 +269,7 @@ class Recommender:
         chances_N = chances(bundle)
         rows = [int(rng.choice(len(chances_N), p=chances_N))]
         tables = sorted(bundle.tables, key=lambda name: name != "cooccurrence")
-        table_NN = bundle.neighbours(tables[0]) if tables else csr_matrix((len(chances_N),) * 2)
+        table_NN = bundle.near[tables[0]] if tables else csr_matrix((len(chances_N),) * 2)
         while len(rows) < min(length, len(chances_N)):
             own = table_NN.getrow(int(rng.choice(rows)))
             nearest = own.indices[np.argsort(-own.data)[:10]]

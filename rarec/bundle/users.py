@@ -1,15 +1,15 @@
 """Recommendations for the users of a log, whose histories are cleaned and ordered as those of the training were.
 
 For every user: in bounded memory, on any number of ranks, resumed where it was killed. Users are cut into chunks in the
-order of their ids. Each chunk becomes a file in a folder beside the result; in the end these are joined. So the bytes
-of the result depend neither on the ranks nor on interruptions.
+order of their ids. Each chunk becomes a file in a folder beside the result, with its sha256 in its name; in the end
+these are joined. So the bytes of the result depend neither on the ranks nor on interruptions.
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -25,46 +25,51 @@ import pyarrow.parquet as pq
 from rarec.bundle.bundle import ITEMS, NO_COLUMNS, Bundle, Columns, Rows
 from rarec.bundle.recommended import Id
 from rarec.bundle.recommender import Recommender
-from rarec.config.schema import Prepare
+from rarec.config.schema import Interactions, Prepare
 from rarec.console.progress import track
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import steps
-from rarec.data.preparation.inputs import check_order, read_log, table_location
+from rarec.data.preparation.inputs import check_order, read_log, table_location, use_same_ids
 from rarec.data.tables import read_columns
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ranking.rank import USERS_AT_A_TIME
 from rarec.storage.artefacts import read_sealed, write_sealed
-from rarec.storage.directories import discard, new_directory
-from rarec.storage.files import atomic_write
+from rarec.storage.directories import discard, is_there, new_directory
+from rarec.storage.files import atomic_write, fsync, open_to_lock, sha256_file, try_lock
 
+Say = Callable[[str], None]
 NOTES, PARTS = "recommend.json", "parts"
 
 
 @contextmanager
 def open_log(
-    bundle: Bundle, log: str, columns: Columns = NO_COLUMNS, user: str | None = None
+    bundle: Bundle, log: str, say: Say, columns: Columns = NO_COLUMNS, user: str | None = None
 ) -> Iterator[tuple[int, Iterator[tuple[Id, Rows]]]]:
     """Open a log: the number of its users, and, in the order of their ids, each with the item rows of the history.
 
-    Items that are not in the catalogue are left out, and users without any other. Memory does not depend on the number.
+    Items that are not in the catalogue are left out, and users without any other; it says how many. Memory does not
+    depend on the number.
 
     Args:
         bundle: whose catalogue has the items.
         log: path of the log.
+        say: print one line to the user.
         columns: names of columns that differ from those of the log of the training: `user`, `item`, `time`, `position`.
         user: open this user alone.
 
     Raises:
-        UserError: the log cannot be read, or does not have that user.
+        UserError: the log cannot be read, does not have that user, or has no item of the catalogue.
     """
     prepare = bundle.prepare({**columns, "path": log})
     with (
         tempfile.TemporaryDirectory(prefix="rarec-") as scratch,
         open_engine(prepare, Path(scratch, "spill")) as engine,
     ):
-        table = engine.keep("histories", _read(engine, prepare, bundle.directory / ITEMS, user))
+        items = Path(scratch, ITEMS)
+        bundle.catalogue.write(items)  # as it was checked; the file may be another by now
+        table = engine.keep("histories", _read(engine, prepare, items, say, user))
         yield int(compute_value(engine, table.user_row.nunique())), _users(engine, table)
 
 
@@ -77,13 +82,14 @@ def _users(engine: PrepareEngine, table: ir.Table) -> Iterator[tuple[Id, Rows]]:
         yield user, np.array([item for *_, item in own], np.int64)
 
 
-def _read(engine: PrepareEngine, prepare: Prepare, items: Path, user: str | None) -> ir.Table:
-    log = _read_log(engine, prepare, user)
+def _read(engine: PrepareEngine, prepare: Prepare, items: Path, say: Say, user: str | None) -> ir.Table:
+    log = engine.keep("given", _read_log(engine, prepare, user))
     users = engine.keep("user_codes", steps.number_ids(log.user))
     catalogue = engine.read(find_files(str(items), "items"), {"item": "item_id"}, lines=True)
     codes = engine.keep("item_codes", steps.number_ids(catalogue["item"]))
     rows = catalogue.select(id="item", row=catalogue.line - 1).inner_join(codes, "id").select("code", "row")
     coded = engine.keep("log", steps.encode_ids(log, users, codes))
+    _say_unknown(engine, prepare.interactions, log, coded, catalogue, say)
     if prepare.duplicates == "drop":
         coded = steps.drop_duplicates(coded)
     if prepare.repeats != "keep":
@@ -91,6 +97,19 @@ def _read(engine: PrepareEngine, prepare: Prepare, items: Path, user: str | None
     sequences = steps.build_sequences(coded, users.mutate(row=users.code), engine.keep("item_rows", rows))
     named = sequences.inner_join(users.select(user_row="code", user_id="id"), "user_row")
     return named.select("user_row", "user_id", "item_row", "position")
+
+
+def _say_unknown(
+    engine: PrepareEngine, config: Interactions, log: ir.Table, coded: ir.Table, catalogue: ir.Table, say: Say
+) -> None:
+    """Say how many items and users of a log the catalogue does not know; refuse a log of which it knows nothing."""
+    for unit, text in (("item", "not in the catalogue"), ("user", "without an item of the catalogue")):
+        given, known = (int(compute_value(engine, table[unit].nunique())) for table in (log, coded))
+        if given and not known:
+            problem = f"{config.path}: no {unit} is in the catalogue"
+            raise UserError(problem, use_same_ids(engine, log, catalogue))
+        if given > known:
+            say(f"{given - known:,} of {given:,} {unit}s are {text}: left out")
 
 
 def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.Table:
@@ -107,7 +126,14 @@ def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.T
 
 
 def recommend_all(
-    recommender: Recommender, log: str, out: Path, k: int, *, columns: Columns = NO_COLUMNS, world: World = SINGLE
+    recommender: Recommender,
+    log: str,
+    out: Path,
+    k: int,
+    *,
+    say: Say = lambda line: None,
+    columns: Columns = NO_COLUMNS,
+    world: World = SINGLE,
 ) -> int:
     """Write the k best new items of every user as rows `user`, `rank`, `item`, `title`, `score`; return their number.
 
@@ -118,44 +144,62 @@ def recommend_all(
         log: path of the log; every rank reads all of it, and serves its share of the users.
         out: file to write, `.parquet`, `.csv` or `.jsonl`.
         k: number of items.
+        say: print one line to the user.
         columns: see `open_log`.
         world: the ranks that share the work.
 
     Raises:
-        UserError: the file is there already, or its ending is unknown; the log cannot be read.
+        UserError: the file is there already, its ending is unknown, or another process writes it; the log cannot be
+            read.
     """
     if out.suffix not in WRITERS:
         raise UserError(f"{out} ends in none of {', '.join(WRITERS)}", "name a file that does")
     if os.path.lexists(out):
-        raise UserError(f"{out} is there already", "move it away, or name another file")
+        raise is_there(out)
     begun = out.with_name(f".{out.name}.begun")
     made_from = {"log": hash_files(find_files(log, "--log")), "columns": str(sorted(columns.items()))}
     identity = {**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k}
-    with open_log(recommender.bundle, log, columns) as (count, users):
-        world.run_on_main(lambda: _begin(begun, identity))
-        parts = [begun / PARTS / f"{number:06}.parquet" for number in range(-(-count // USERS_AT_A_TIME))]
-        for number, part in enumerate(track(parts, "recommending")):
+    heard = say if world.is_main else lambda line: None
+    with open_log(recommender.bundle, log, heard, columns) as (count, users), ExitStack() as locks:
+        world.run_on_main(lambda: locks.enter_context(_begun(begun, identity)))
+        chunks = -(-count // USERS_AT_A_TIME)
+        for number in track(range(chunks), "recommending"):
             world.report("recommending")
             chunk = list(islice(users, USERS_AT_A_TIME))
-            if number % world.size == world.rank and not part.exists():
-                with atomic_write(part) as file:
-                    pq.write_table(_table(recommender, chunk, k), file, compression="zstd")
-    world.barrier()
-    empty = _table(recommender, [], k)
-    rows = world.run_on_all(lambda: _join(begun, parts, empty, out) if world.is_main else 0)
-    return world.all_reduce_max(rows)
+            if number % world.size == world.rank and _part(begun, number) is None:
+                _write_part(begun, number, _table(recommender, chunk, k))
+        world.barrier()
+        empty = _table(recommender, [], k)
+        rows = world.run_on_all(lambda: _join(begun, chunks, empty, out) if world.is_main else 0)
+        return world.all_reduce_max(rows)
 
 
-def _begin(begun: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder for the parts, unless one of the same bundle and histories is there."""
+@contextmanager
+def _begun(begun: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """Hold the lock of the folder for the parts; it is made anew unless it is of the same bundle and histories."""
+    with ExitStack() as locks:
+        if begun.exists():
+            _lock(begun, locks)
+            if _identity(begun) != identity:
+                discard(begun)
+        if not begun.exists():
+            with new_directory(begun, [f"{PARTS}/"], replace=False) as temporary:
+                write_sealed(temporary / NOTES, identity)
+                (temporary / PARTS).mkdir()
+            _lock(begun, locks)
+        yield
+
+
+def _lock(begun: Path, locks: ExitStack) -> None:
+    if not try_lock(locks.enter_context(open_to_lock(begun))):
+        raise UserError(f"another process writes to {begun}", "wait for it, or name another file: --out")
+
+
+def _identity(begun: Path) -> dict[str, Any] | None:
     try:
-        known = read_sealed(begun / NOTES, "") if begun.exists() else None
+        return read_sealed(begun / NOTES, "")
     except UserError:
-        known = None
-    if known != identity:
-        with new_directory(begun, [f"{PARTS}/"]) as temporary:
-            write_sealed(temporary / NOTES, identity)
-            (temporary / PARTS).mkdir()
+        return None
 
 
 def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int) -> pa.Table:
@@ -172,10 +216,29 @@ def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int) -> pa
     return pa.Table.from_pylist(rows, pa.schema(types))
 
 
-def _join(begun: Path, parts: list[Path], empty: pa.Table, out: Path) -> int:
+def _part(begun: Path, number: int) -> Path | None:
+    """Return a part that is whole; one that is not is removed."""
+    for path in (begun / PARTS).glob(f"{number:06}-*.parquet"):
+        if path.stem.partition("-")[2] == sha256_file(path):
+            return path
+        path.unlink()
+    return None
+
+
+def _write_part(begun: Path, number: int, table: pa.Table) -> None:
+    temporary = begun / PARTS / f"{number:06}.writing"
+    pq.write_table(table, temporary, compression="zstd")
+    fsync(temporary)
+    temporary.rename(temporary.with_name(f"{number:06}-{sha256_file(temporary)}.parquet"))
+
+
+def _join(begun: Path, chunks: int, empty: pa.Table, out: Path) -> int:
     """Join the parts to one file, and tidy up; return the number of rows."""
+    parts = [part for number in range(chunks) if (part := _part(begun, number))]
+    if len(parts) < chunks:
+        raise UserError(f"a part in {begun} was damaged while it was written", "run the same command again")
     schema = pq.read_schema(parts[0]) if parts else empty.schema
-    with atomic_write(out) as file:
+    with atomic_write(out, replace=False) as file:
         WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
     rows: int = sum(pq.read_metadata(part).num_rows for part in parts)
     discard(begun)

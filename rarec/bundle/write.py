@@ -3,10 +3,12 @@
 See `bundle` for what each file holds. Shape letters: N catalogue, Z size of a scored vector.
 """
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, SCHEMA, TABLES, VECTORS, Bundle, Catalogue, Float32
+from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue, Float32
+from rarec.bundle.facts import SCHEMA
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.neighbours import built_in
-from rarec.console.inert import in_one_line
 from rarec.data.tables import write_rows
-from rarec.errors import UserError
 from rarec.evaluation.results import (
     FULL,
     figure,
@@ -39,9 +40,9 @@ from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
 from rarec.neighbours.base import SCHEMA as ROWS
 from rarec.neighbours.base import TABLE
-from rarec.storage.artefacts import write_manifest
+from rarec.storage.artefacts import check_files, write_manifest
 from rarec.storage.directories import new_directory
-from rarec.storage.files import write_json, write_text
+from rarec.storage.files import open_to_lock, write_json, write_text
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -161,7 +162,7 @@ def next_version(bundle: Path) -> Path:
     """Return the first free name of a version: `bundle-2` beside `bundle`, then `bundle-3`."""
     bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()  # `.` has no name
     stem, _, last = bundle.name.rpartition("-")
-    name, number = (stem, int(last)) if stem and last.isdigit() else (bundle.name, 1)
+    name, number = (stem, int(last)) if stem and last.isascii() and last.isdigit() else (bundle.name, 1)
     while os.path.lexists(path := bundle.with_name(f"{name}-{number + 1}")):
         number += 1
     return path
@@ -201,18 +202,20 @@ def write_version(
         **({ITEMS: catalogue.write} if catalogue else {}),
         **({FACTS: partial(write_json, value=facts)} if facts else {}),
     }
-    directory = directory or next_version(bundle.directory)
-    if os.path.lexists(directory):
-        raise UserError(f"{directory} is there already", "name another folder: --out")
     manifest = bundle.manifest
-    with new_directory(directory) as temporary:
+    kept = [name for name in manifest["files"] if name not in changed]
+    with open_to_lock(bundle.directory) as handle, ExitStack() as stack:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # two writers would choose the same name
+        directory = directory or next_version(bundle.directory)
+        temporary = stack.enter_context(new_directory(directory, replace=False))
         for name in manifest["files"]:
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        for name in kept:
+            shutil.copyfile(bundle.directory / name, temporary / name)
+        check_files(temporary, manifest, names=kept)  # as they were when the bundle was opened
+        for name in manifest["files"]:
             if name in changed:
-                changed[name](path)
-            else:
-                shutil.copyfile(bundle.directory / name, path)
+                changed[name](temporary / name)
         made_from = {**manifest["made_from"], "bundle": manifest["hash"]}
         versions = [*manifest.get("versions", []), {**what, "of": manifest["hash"]}]
         figures = {name: manifest[name] for name in FIGURES if name in manifest}
@@ -234,7 +237,8 @@ def write_card(
         verdict: whether the run's main variant adds to the untrained baselines, in one sentence.
     """
     catalogue = contents.catalogue
-    examples = [in_one_line(str(item)) for item in catalogue.ids[:2].to_pylist()]
+    # as Python literals: an id may hold a quote, or end the block of code
+    examples = [ascii(item).replace("`", r"\x60") for item in catalogue.ids[:2].to_pylist()]
     card = TEMPLATE.read_text(encoding="utf-8").format(
         front_matter=_front_matter(contents, config, figures).to_yaml(),
         title=variant_title(contents.row),

@@ -1,6 +1,5 @@
 """Forms of a bundle for other engines, one class a target: `rarec export BUNDLE --to NAME`."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -69,11 +68,9 @@ def write_targets(
         UserError: a target or an option is unknown, or not possible for this bundle; the folder is there already.
     """
     targets = _targets(names, options)
-    if os.path.lexists(directory):
-        raise UserError(f"{directory} is there already", "move it away, or name another folder: --out")
     bundle = recommender.bundle
     figures = dict[str, Any]()
-    with new_directory(directory) as temporary:
+    with new_directory(directory, replace=False) as temporary:
         for target in targets:
             figures |= target.write(recommender.parts, temporary)
         if not (temporary / MANIFEST).exists():  # a copy of the bundle has its own

@@ -23,7 +23,6 @@ from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target, raise_if_far
 from rarec.models.backbone import FrozenBackbone
-from rarec.models.build import LORA
 from rarec.neighbours.base import SCHEMA, pairs_of
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json, write_json
@@ -144,12 +143,14 @@ class Peft(Target):
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
         bundle = parts.bundle
-        if not (bundle.directory / LORA).is_dir():
+        model = bundle.facts["model"]
+        if not model or not bundle.variant.lora:
             problem = f"{bundle.facts['row']}, which {bundle.directory} holds, has no LoRA weights"
             raise UserError(problem, "export a row of a variant with LoRA, such as per_layer_lora+id")
-        shutil.copytree(bundle.directory / LORA, directory, dirs_exist_ok=True)
+        # from the model, not the bundle's file: PEFT imports modules that its settings may name
+        parts.encoder.model.backbone.model.save_pretrained(directory, safe_serialization=True)
         settings = directory / "adapter_config.json"
-        fields = {**json.loads(settings.read_text()), "base_model_name_or_path": bundle.facts["model"]["llm"]["name"]}
+        fields = {**json.loads(settings.read_text()), "base_model_name_or_path": model["llm"]["name"]}
         settings.write_text(json.dumps(fields, indent=2, sort_keys=True))
         difference = _difference(parts, directory)
         raise_if_far("adapter_difference", difference, CLOSE)

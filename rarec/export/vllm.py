@@ -108,7 +108,7 @@ class Vllm(Target):
             encoder.prompts.tokenizer.filler,
         )
         states, bare = (_states(encoder, batch, slots) for slots in (True, False))
-        lora = (parts.bundle.directory / LORA).is_dir()
+        lora = parts.bundle.variant.lora
         at_input = parts.bundle.variant.blocks == "input" and bool(encoder.model.user.slots)
         prompt = write_prompts(graph, directory)
         figures = {"query_difference": _write_graphs(parts, graph, at_input, histories, states, directory)}

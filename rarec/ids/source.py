@@ -304,6 +304,10 @@ def open_source(directory: Path, recipe: Recipe | None = None) -> Source:
     return Source(manifest["name"], items_NE, users, manifest["hash"], manifest)
 
 
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape
+
+
 def load_table(path: Path) -> Floats:
     """Map a table of vectors, copy on write: the file cannot change, yet torch takes the array without a copy."""
     table: Floats = np.load(path, mmap_mode="c", allow_pickle=False)
@@ -346,6 +350,11 @@ def users_of(
             return GraphUsers.of(tensors[LEFT].numpy(), **fields)
     if kind in RECIPES:
         recipe = RECIPES[kind](**fields)
+        with torch.device("meta"):  # before memory is taken for the sizes that the settings name
+            expected = build(recipe).state_dict()
+        differing = [name for name in {**expected, **tensors} if not _alike(expected.get(name), tensors.get(name))]
+        if differing:
+            raise ValueError(f"tensor {differing[0]!r} is not that of the settings")
     elif recipe is None or recipe.model_dump(mode="json") != fields:
         problem = f"{where} was made by the ID model {kind}, which the configuration does not name"
         raise UserError(problem, f"set ids.model: {kind} and its ids.settings, if you trust that code")

@@ -24,6 +24,7 @@ from rarec.prompts import AT_TITLES, slot_names
 SIDES = ("user", "item")
 ALIGNMENT = "alignment.safetensors"
 LORA = "lora"
+LORA_WEIGHTS = f"{LORA}/adapter_model.safetensors"
 _PEFT = "backbone.model."
 
 Weights = Mapping[str, Tensor]
@@ -194,20 +195,27 @@ def save_weights(
         model.backbone.model.save_pretrained(directory / LORA, safe_serialization=True, state_dict=lora or None)
 
 
-def load_weights(model: RaRec, directory: Path) -> None:
+def load_weights(model: RaRec, directory: Path, weights: Mapping[str, Weights] | None = None) -> None:
     """Load what `save_weights` wrote into a model of the same shape.
+
+    Args:
+        model: to load into.
+        directory: that was written to.
+        weights: the tensors of its files by their names, if they were read already.
 
     Raises:
         UserError: a file is missing or damaged, or has other tensors than this model.
     """
-    path = directory / ALIGNMENT
-    state = _read(path)
-    _check_shapes(state, alignment_state(model), path)
+    files = weights or {}
+    state = files.get(ALIGNMENT) or _read(directory / ALIGNMENT)
+    _check_shapes(state, alignment_state(model), directory / ALIGNMENT)
     model.load_state_dict(state, strict=False)
     if _has_lora(model):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model.backbone.model, _read(directory / LORA / "adapter_model.safetensors"))
+        lora = files.get(LORA_WEIGHTS) or _read(directory / LORA_WEIGHTS)
+        _check_shapes(lora, get_peft_model_state_dict(model.backbone.model), directory / LORA_WEIGHTS)
+        set_peft_model_state_dict(model.backbone.model, lora)
 
 
 def _has_lora(model: RaRec) -> bool:

@@ -159,23 +159,25 @@ def write_table(batches: Iterable[pa.RecordBatch], directory: Path) -> int:
     return tables.write_rows(batches, directory / TABLE, SCHEMA)
 
 
-def read_table(path: Path, n_items: int, scratch: Scratch = IN_MEMORY) -> sparse.csr_matrix:
+def read_table(path: Path | pa.BufferReader, n_items: int, scratch: Scratch = IN_MEMORY) -> sparse.csr_matrix:
     """Read a table as a sparse matrix, (N, N), some of its rows at a time.
 
     Args:
-        path: of the table.
+        path: of the table, or its bytes.
         n_items: N.
         scratch: where the matrix is kept.
 
     Raises:
-        ValueError: an item is not in the catalogue.
+        ValueError: an item is not in the catalogue, or a score not above 0.
         KeyError: the file has other columns.
     """
     with pq.ParquetFile(path) as file:
         starts_N = np.zeros(n_items + 1, np.int64)
-        for rows, near, _ in _parts(file):
+        for rows, near, scores in _parts(file):
             if min(rows.min(), near.min()) < 0 or max(rows.max(), near.max()) >= n_items:
                 raise ValueError("an item is not in the catalogue")
+            if not np.isfinite(scores).all() or scores.min() <= 0:
+                raise ValueError("a score is not above 0")
             items, counts = np.unique(rows, return_counts=True)
             starts_N[items + 1] += counts
         starts_N = starts_N.cumsum()

@@ -33,6 +33,8 @@ _FRESH = 2 * 10**9
 """Nanoseconds after its last change within which a file may change again without another time."""
 SEAL = "seal"
 """The field of a JSON object with the sha256 of all others."""
+_IDENTITY = ("kind", "schema", "settings", "made_from", "files")
+"""Fields of a manifest that its `hash` is of: what other artefacts name it by."""
 
 Manifest = dict[str, Any]
 
@@ -70,13 +72,8 @@ def write_manifest(
     if files is None:
         names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
         files = {name: None for name in names if Path(name).name != MANIFEST and not name.startswith(".")}
-    identity = {
-        "kind": kind,
-        "schema": SCHEMA,
-        "settings": dict(settings),
-        "made_from": dict(made_from),
-        "files": {name: files[name] or sha256_file(directory / name) for name in sorted(files)},
-    }
+    digests = {name: files[name] or sha256_file(directory / name) for name in sorted(files)}
+    identity = dict(zip(_IDENTITY, (kind, SCHEMA, dict(settings), dict(made_from), digests), strict=True))
     manifest = {**identity, "hash": sha256_json(identity), **figures}
     write_sealed(directory / MANIFEST, manifest)
     return manifest
@@ -125,6 +122,8 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
     for name in manifest["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path} names a file outside of its folder: {name!r}", rebuild(kind))
+    if manifest.get("hash") != sha256_json({name: manifest[name] for name in _IDENTITY}):
+        raise UserError(f"{path}: its `hash` is not that of its content", rebuild(kind))
     return manifest
 
 

@@ -4,6 +4,7 @@ The marker in a directory lists the files that rarec has made there. A directory
 else, is the user's: it is neither replaced nor deleted.
 """
 
+import errno
 import fcntl
 import glob
 import os
@@ -24,19 +25,23 @@ CHECKED = ".rarec-checked.json"
 
 
 @contextmanager
-def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
+def new_directory(path: Path, claims: Iterable[str] = (), *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary directory; on success mark it, fsync every file in it and rename it to `path`.
 
-    What was at `path` is replaced. On an error nothing is left, and `path` is as it was.
+    On an error nothing is left, and `path` is as it was.
 
     Args:
         path: of the directory to make.
         claims: names of files that will be written there later.
+        replace: replace what rarec has made at `path`; otherwise nothing may be there, or come there meanwhile.
 
     Raises:
         UserError: there is something at `path` that rarec has not made, or a file on the way to it.
     """
-    refuse_foreign(path)
+    if replace:
+        refuse_foreign(path)
+    elif os.path.lexists(path):
+        raise is_there(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # /proc; a file on the way
@@ -51,7 +56,10 @@ def new_directory(path: Path, claims: Iterable[str] = ()) -> Iterator[Path]:
             yield temporary
             files = (entry.relative_to(temporary).as_posix() for entry in temporary.rglob("*") if not entry.is_dir())
             _mark(temporary, {*claims, *files})
-            replace_directory(temporary, path)
+            if replace:
+                replace_directory(temporary, path)
+            else:
+                _place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -72,6 +80,18 @@ def replace_directory(new: Path, path: Path) -> None:
             refuse_foreign(path)
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+    fsync(path.parent)
+
+
+def _place(new: Path, path: Path) -> None:
+    """Fsync a directory and rename it to `path`, where nothing may be."""
+    sync_directory(new)
+    try:
+        new.rename(path)  # fails on anything but an empty directory
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise is_there(path) from None
+        raise
     fsync(path.parent)
 
 
@@ -195,6 +215,11 @@ def _listed(directory: Path) -> set[str] | None:
 
 def _mark(directory: Path, names: Iterable[str]) -> None:
     write_json(directory / MARKER, {"made_by": "rarec", "files": sorted(names)})
+
+
+def is_there(path: Path) -> UserError:
+    """Return the error that something is at a path where nothing may be replaced."""
+    return UserError(f"{path} is there already", "move it away, or name another: --out")
 
 
 def _refusal(path: Path) -> UserError:

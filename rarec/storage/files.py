@@ -57,10 +57,14 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     """Yield a temporary binary file; fsync it and rename it to `path`. On an error nothing is left.
 
     What a killed process left under the same name is removed.
+
+    Args:
+        path: of the file.
+        replace: replace what is there; otherwise FileExistsError.
     """
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
@@ -70,7 +74,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                path.hardlink_to(temporary)  # fails where something is, unlike a rename
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)

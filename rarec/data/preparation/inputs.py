@@ -209,6 +209,16 @@ def check_order(engine: PrepareEngine, config: Interactions, location: TableLoca
     )
 
 
+def use_same_ids(engine: PrepareEngine, log: ir.Table, catalogue: ir.Table) -> str:
+    """Return the remedy where no item of a log is in the catalogue: the smallest and the largest id of both."""
+    ranges = []
+    for table in (log, catalogue):
+        ids = table["item"].cast("string").name("id").as_table()
+        row = engine.rows(ids.agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]
+        ranges.append(f"{row['least']!r} to {row['greatest']!r}")
+    return f"check that both use the same ids: the log has {ranges[0]}, the catalogue {ranges[1]}"
+
+
 def _order_column(config: Interactions) -> tuple[str, str]:
     """Return the role and the name of the column that orders the log."""
     return ("time", config.time) if config.time is not None else ("position", str(config.position))

@@ -9,14 +9,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import ibis
 import ibis.expr.types as ir
 
 from rarec.config.schema import Prepare
 from rarec.data import tables
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
 from rarec.data.preparation import steps
-from rarec.data.preparation.inputs import check_order, read_catalogue, read_log, table_location
+from rarec.data.preparation.inputs import check_order, read_catalogue, read_log, table_location, use_same_ids
 from rarec.errors import UserError
 
 Say = Callable[[str], None]
@@ -151,16 +150,9 @@ class _Preparation:
         known = self.engine.keep("log", steps.encode_ids(self.log, users, items))
         remedy = ""
         if not compute_value(self.engine, known.count()):
-            ranges = f"the log has {self._range(self.log['item'])}, the catalogue {self._range(catalogue['item'])}"
-            remedy = f"check that both use the same ids: {ranges}"
+            remedy = use_same_ids(self.engine, self.log, catalogue)
         self._apply("catalogue", known, "item not in the catalogue", remedy)
         return items
-
-    def _range(self, ids: ir.Column) -> str:
-        """Return the smallest and the largest id, for messages."""
-        table = ids.cast("string").name("id").as_table()
-        row = self.engine.rows(table.agg(least=ibis._.id.min(), greatest=ibis._.id.max()))[0]
-        return f"{row['least']!r} to {row['greatest']!r}"
 
     def _filter(self, item_codes: ir.Table) -> None:
         """Drop duplicates, repeats and held-back items; then users and items with too few interactions, repeatedly."""
