@@ -24,7 +24,7 @@ def log(run) -> str:
 
 
 def histories(recommender, log: str, **columns: str) -> dict[str, list[str]]:
-    with open_log(recommender.bundle, log, columns) as (count, users_of_log):
+    with open_log(recommender.bundle, log, print, columns) as (count, users_of_log):
         items = {user: [recommender.items[row] for row in rows] for user, rows in users_of_log}
         assert count == len(items)
     return items
@@ -95,6 +95,48 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(recommender, log, tmp_pa
     assert resumed.read_bytes() == whole.read_bytes()
     assert not [histories for histories in first.served if histories in second.served]
     assert {path.name for path in tmp_path.iterdir()} == {"whole.parquet", "resumed.parquet"}
+
+
+def test_a_part_that_was_damaged_meanwhile_is_made_anew(recommender, log, tmp_path, monkeypatch):
+    monkeypatch.setattr(users, "USERS_AT_A_TIME", 10)
+    whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
+    recommend_all(recommender, log, whole, 3)
+    with pytest.raises(KeyboardInterrupt):
+        recommend_all(Interrupted(recommender, 2), log, resumed, 3)
+    for number, part in enumerate(sorted(tmp_path.glob(".resumed*/parts/*"))):
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= number  # the first stays as it is
+        part.write_bytes(data)
+    again = Interrupted(recommender)
+    recommend_all(again, log, resumed, 3)
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert len(list(filter(None, again.served))) == -(-len(histories(recommender, log)) // 10) - 1
+
+
+def test_a_file_is_written_by_one_process_at_a_time(recommender, log, tmp_path):
+    out = tmp_path / "top.parquet"
+
+    class Meanwhile(Interrupted):
+        def recommend_to(self, histories, k):
+            with pytest.raises(UserError, match="another process"):
+                recommend_all(recommender, log, out, 5)
+            return super().recommend_to(histories, k)
+
+    rows = recommend_all(Meanwhile(recommender), log, out, 3)
+    assert len(pd.read_parquet(out)) == rows
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced(recommender, log, tmp_path):
+    out = tmp_path / "top.parquet"
+
+    class Meanwhile(Interrupted):
+        def recommend_to(self, histories, k):
+            out.write_text("mine")
+            return super().recommend_to(histories, k)
+
+    with pytest.raises(UserError, match=r"top\.parquet is there"):
+        recommend_all(Meanwhile(recommender), log, out, 3)
+    assert out.read_text() == "mine"
 
 
 def test_what_was_begun_from_another_log_is_begun_anew(recommender, log, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """New and removed items without training: a new version of a bundle, in which no other item's score changes."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import rarec
+from rarec import cli_bundle
 from rarec.bundle.write import next_version
 from rarec.errors import UserError
 from tests.recommending import exported, with_items, without_items
@@ -147,6 +149,25 @@ def test_a_folder_that_is_there_is_never_replaced(bundle, tmp_path):
     with pytest.raises(UserError, match="mine"):
         without_items(bundle, rarec.load(bundle).items[:1], tmp_path / "mine")
     assert not any((tmp_path / "mine").iterdir())
+
+
+def test_two_writers_at_once_lose_nothing(bundle, tmp_path):
+    """Each gets a version of its own; where both name the folder, one is refused, and the other's stays."""
+    removed = rarec.load(bundle).items[:6]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda item: cli_bundle.remove(bundle, [item]), removed[:3]))
+        versions = [set(rarec.load(tmp_path / f"bundle-{number}").items) for number in (2, 3, 4)]
+        assert {item for version in versions for item in removed[:3] if item not in version} == set(removed[:3])
+        runs = [pool.submit(cli_bundle.remove, bundle, [item], tmp_path / "new") for item in removed[3:]]
+    refused = [run.exception() for run in runs if run.exception()]
+    assert [type(error) for error in refused] == [UserError] * 2
+    assert all("new is there already" in str(error) for error in refused)
+    assert len(rarec.load(tmp_path / "new").items) == len(rarec.load(bundle).items) - 1
+
+
+def test_a_name_that_only_looks_like_a_number_is_a_name(bundle):
+    odd = bundle.rename(bundle.with_name("b-²"))
+    assert next_version(odd).name == "b-²-2"
 
 
 def test_a_version_of_the_folder_that_one_stands_in_is_beside_it(bundle, monkeypatch):

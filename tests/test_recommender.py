@@ -288,7 +288,8 @@ def test_code_of_the_users_own_is_not_imported_unasked(copied):
     sealed(copied, model=facts["model"])
     with pytest.raises(UserError, match=r"no_such_package:Map.*\n.*trusted"):
         rarec.load(copied)
-    assert Bundle.open(copied, ["no_such_package:Map"])
+    with pytest.raises(UserError, match="cannot import no_such_package"):
+        rarec.load(copied, trusted=["no_such_package:Map"])
 
 
 def test_settings_that_say_nothing_of_the_model_are_not_read(copied, tmp_path, monkeypatch):

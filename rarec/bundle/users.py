@@ -238,8 +238,11 @@ def _join(begun: Path, chunks: int, empty: pa.Table, out: Path) -> int:
     if len(parts) < chunks:
         raise UserError(f"a part in {begun} was damaged while it was written", "run the same command again")
     schema = pq.read_schema(parts[0]) if parts else empty.schema
-    with atomic_write(out, replace=False) as file:
-        WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
+    try:
+        with atomic_write(out, replace=False) as file:
+            WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
+    except FileExistsError:
+        raise is_there(out) from None
     rows: int = sum(pq.read_metadata(part).num_rows for part in parts)
     discard(begun)
     return rows

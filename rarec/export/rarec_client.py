@@ -1,5 +1,6 @@
 """Recommend from a folder of `rarec export --to onnx --to faiss`: `python rarec_client.py FOLDER ITEM,ITEM`."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,23 +18,46 @@ except ImportError:
 
 
 class Client:
-    """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score)."""
+    """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score).
+
+    Every file that it reads is checked by the sha256 in the folder's manifest.
+
+    Raises:
+        ValueError: a file is not as it was written.
+    """
 
     def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx") -> None:
-        folder = Path(folder)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self.graph = onnxruntime.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"])
-        self.facts = json.loads((folder / "client.json").read_text(encoding="utf-8"))
-        self.index = faiss.read_index(str(folder / "index.faiss"))
+        self.folder = Path(folder)
+        self.files = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        self.threads = threads
+        self.graph = self._session(graph)
+        self.facts = json.loads(Path(self._checked("client.json")).read_text(encoding="utf-8"))
+        self.index = faiss.read_index(self._checked("index.faiss"))
         self.prompt = self.facts["prompt"]
-        items = pq.read_table(folder / "items.parquet", columns=["id", "title"])
+        items = pq.read_table(self._checked("items.parquet"), columns=["id", "title"])
         self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
         self.row_of = {str(item): row for row, item in enumerate(self.ids)}
-        files = {name: folder / "neighbours" / f"{name}.parquet" for name in self.facts["neighbours"]}
-        self.near = {name: [part.to_numpy() for part in pq.read_table(file).columns] for name, file in files.items()}
-        texts = pq.read_table(folder / "titles.parquet").combine_chunks() if self.prompt["most"] else None
+        tables = {name: pq.read_table(self._checked(f"neighbours/{name}.parquet")) for name in self.facts["neighbours"]}
+        self.near = {name: [part.to_numpy() for part in table.columns] for name, table in tables.items()}
+        texts = pq.read_table(self._checked("titles.parquet")).combine_chunks() if self.prompt["most"] else None
         self.pieces = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
+
+    def _checked(self, name: str) -> str:
+        """Return the path of a file that is as the manifest says."""
+        path = self.folder / name
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if self.files.get(name) != digest:
+            raise ValueError(f"{path} was altered: write the folder again: rarec export BUNDLE --to onnx --to faiss")
+        return str(path)
+
+    def _session(self, graph: str) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+        for name in self.files:
+            if name.startswith(f"{graph}."):  # weights of a large graph
+                self._checked(name)
+        return onnxruntime.InferenceSession(self._checked(graph), options, providers=["CPUExecutionProvider"])
 
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
         """Return each user's k best new items; ids that are not in the catalogue are skipped."""

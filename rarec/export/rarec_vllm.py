@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from rarec_client import Client
 
 AT_ONCE, TIMEOUT = 64, 120.0
@@ -34,17 +33,13 @@ class VllmClient(Client):
 
     def __init__(self, folder: Path | str, url: str, threads: int = 0, key: str = "", check: bool = True) -> None:
         super().__init__(folder, threads)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3
-        path = Path(folder) / "slots.onnx"
-        self.slots = onnxruntime.InferenceSession(str(path), options) if path.exists() else None
+        self.slots = self._session("slots.onnx") if "slots.onnx" in self.files else None
         self.served = self.facts["vllm"]
         self.url = url.rstrip("/")
         self.key = key
-        table = Path(folder) / "words.npy"
-        self.words = np.load(table, mmap_mode="r") if table.exists() else None
+        self.words = np.load(self._checked("words.npy"), mmap_mode="r") if "words.npy" in self.files else None
         if check:
-            self._check(np.load(Path(folder) / "check.npz"))
+            self._check(np.load(self._checked("check.npz")))
 
     def queries(self, rows: list[list[int]]) -> Any:
         """Return query vectors, (B, K, F), after histories of item rows."""

@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.errors import UserError
+from rarec.export import KIND
+from rarec.storage.artefacts import check_files, read_manifest
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -64,10 +66,11 @@ def recommend(
     from pyspark.sql import types as T
 
     folder = Path(folder).absolute()
+    remedy = f"write the folder: rarec export BUNDLE --to onnx --to faiss --out {folder.name}"
     missing = [name for name in (*NEEDED, graph) if not (folder / name).is_file()]
     if missing:
-        problem = f"{folder} has no {missing[0]}"
-        raise UserError(problem, f"write the folder: rarec export BUNDLE --to onnx --to faiss --out {folder.name}")
+        raise UserError(f"{folder} has no {missing[0]}", remedy)
+    check_files(folder, read_manifest(folder, KIND), remedy)
     types = {field.name: field.dataType for field in histories.schema.fields}
     if user not in types or not isinstance(types.get(items), T.ArrayType):
         columns = ", ".join(f"{name} {kind.simpleString()}" for name, kind in types.items())
