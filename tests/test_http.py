@@ -20,7 +20,7 @@ import rarec
 from rarec.bundle.parts import sample_histories
 from rarec.bundle.recommended import Recommended, Request
 from rarec.errors import UserError
-from rarec.serve import bundle_manager
+from rarec.serve import bundle_manager, schemas
 from rarec.serve.app import PAGE, assemble
 from rarec.serve.engines import Answer, Batcher, Busy, Closed
 from rarec.serve.guard import Rates, forget_ended_workers
@@ -55,6 +55,41 @@ def post(client: TestClient, path: str, **body: Any) -> Any:
 
 def pairs(items: Any) -> list[tuple[Any, str, float]]:
     return [(one["item"], one["title"], pytest.approx(one["score"], rel=1e-4, abs=1e-4)) for one in items]
+
+
+# ---- who may ask, by which name
+
+
+@pytest.mark.parametrize(
+    ("place", "hosts", "asked", "status"),
+    [
+        ("http://127.0.0.1:8000", None, "localhost:8000", 200),
+        ("http://127.0.0.1:8000", None, "[::1]:8000", 200),
+        ("http://127.0.0.1:8000", None, "evil.example", 421),
+        ("http://127.0.0.1:8000", None, "localhost.evil.example", 421),
+        ("http://127.0.0.1:8000", None, "[", 421),
+        ("http://10.0.0.7:8000", None, "shop.example", 200),
+        ("http://10.0.0.7:8000", ["shop.example"], "SHOP.example:443", 200),
+        ("http://10.0.0.7:8000", ["shop.example"], "10.0.0.7", 421),
+        ("http://127.0.0.1:8000", ["*"], "evil.example", 200),
+    ],
+)
+def test_a_page_under_a_name_of_its_own_reads_nothing(place, hosts, asked, status):
+    settings = ServeSettings(bundles={"a": {"path": "nowhere"}}, hosts=hosts)
+    app, _ = assemble(lambda: settings)
+    answer = TestClient(app, base_url=place).get("/health", headers={"Host": asked})
+    assert answer.status_code == status
+    assert status == 200 or "hosts" in answer.json()["remedy"]
+
+
+def test_no_answer_leads_to_the_host_that_the_client_names(client):
+    answer = client.get("/health/", headers={"Host": "evil.example"}, follow_redirects=False)
+    assert (answer.status_code, "location" in answer.headers) == (404, False)
+
+
+@pytest.mark.parametrize(("item", "written"), [(2**53, 2**53), (2**53 + 1, str(2**53 + 1)), (-(2**63), str(-(2**63)))])
+def test_an_id_that_javascript_would_round_is_written_as_text(item, written):
+    assert schemas.Found(item=item, title="").model_dump(mode="json")["item"] == written
 
 
 # ---- what Python says

@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from rarec.serve.bundle_manager import BundleManager
-from rarec.serve.guard import Metrics
+from rarec.serve.guard import PATIENCE, Metrics
 from rarec.serve.settings import settings_of
 from tests.recommending import exported
 from tests.serving import Service, command, own, service
 
-HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 ASKED = {"histories": [["i001", "i002"]], "k": 3}
 
 
@@ -61,11 +61,40 @@ def test_it_serves_and_a_thousand_idle_connections_do_not_matter(serving):
 @pytest.mark.slow
 def test_a_client_that_sends_its_body_slowly_is_sent_away_and_others_are_served(serving):
     with connected(serving.url) as slow:
-        slow.sendall(
-            b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
+        slow.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
         assert ask(serving.url).status_code == 200
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def seconds_until_closed(url: str, first: bytes, answered: bytes) -> float:
+    """Send a request, then a byte every half second; return how long the service bears it after its answer."""
+    with connected(url) as client:
+        client.sendall(first)
+        assert client.recv(20).startswith(answered)
+        start = time.monotonic()
+        with suppress(OSError):
+            while time.monotonic() - start < 60:
+                client.sendall(b"x")
+                time.sleep(0.5)
+                client.settimeout(0.01)
+                with suppress(TimeoutError):
+                    if client.recv(1 << 16) == b"":
+                        break
+        return time.monotonic() - start
+
+
+@pytest.mark.slow
+def test_a_byte_now_and_then_keeps_no_connection(serving):
+    body = b"Content-Length: 900000\r\n\r\n{"
+    ways = [
+        (HEAD + body, b"HTTP/1.1 408"),
+        (HEAD + b"Content-Length: 900000000\r\n\r\n{", b"HTTP/1.1 413"),
+        (HEAD.replace(b"/v1/recommend", b"/nothing") + body, b"HTTP/1.1 404"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 200"),
+    ]
+    with ThreadPoolExecutor(len(ways)) as pool:
+        borne = list(pool.map(lambda way: seconds_until_closed(serving.url, *way), ways))
+    assert max(borne) < 2 * PATIENCE, borne
 
 
 @pytest.mark.slow

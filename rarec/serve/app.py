@@ -36,7 +36,8 @@ FOUND = 20
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Problem, "description": text}
     for status, text in {
-        401: "a token is needed", 404: "no such bundle", 413: "too large", 422: "a field is wrong", 429: "too often",
+        401: "a token is needed", 404: "no such bundle", 413: "too large", 421: "not by this name",
+        422: "a field is wrong", 429: "too often",
         501: "not with this backend", 503: "busy, or not ready; try again after Retry-After seconds",
     }.items()
 }  # fmt: skip
@@ -72,6 +73,7 @@ def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tup
         await run_in_threadpool(manager.close)
 
     app = FastAPI(title="rarec", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # a redirect leads to whatever host the client names
     app.add_exception_handler(Exception, _failed)
     for kind, refusal in REFUSED.items():
         app.add_exception_handler(kind, partial(_refuse, refusal))

@@ -9,10 +9,12 @@ import sys
 import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -23,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rarec.console.inert import inert
 from rarec.errors import UserError
-from rarec.serve.settings import ServeSettings
+from rarec.serve.settings import LOOPBACK, ServeSettings
 
 OPEN = ("/health", "/ready", "/", "/page.js", "/page.css")
 """Paths that need no token: they tell nothing of a bundle's items."""
@@ -36,6 +38,8 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 REMEDIES = {408: "send it at once", 413: "send less at a time"}
+PATIENCE = 10.0
+"""Seconds in which a client must have sent a request's headers, or read a part of an answer; an idle one's as well."""
 SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -84,7 +88,7 @@ class Guard:
                 note["status"] = message["status"]
                 MutableHeaders(scope=message).update({**SAFE, "x-request-id": note["id"]})
             note["bytes"] += len(message.get("body", b""))
-            await send(message)
+            await asyncio.wait_for(send(message), PATIENCE)
 
         try:
             await self._serve(scope, receive, answer)
@@ -112,6 +116,9 @@ class Guard:
         settings = self._current.settings
         tokens = self._current.tokens
         client = (scope.get("client") or ("",))[0]
+        if not _is_own_host(headers.get("host", ""), (scope.get("server") or ("",))[0], settings.hosts):
+            remedy = "reach it by one of its names, or add this one to `hosts` in the settings"
+            return problem(421, "this is no name of the service", remedy)
         if tokens is not None and scope["path"] not in OPEN:
             kind, _, token = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256(token.strip().encode("latin-1", "replace")).digest()
@@ -151,6 +158,22 @@ class Guard:
             return message
 
         return limited
+
+
+def _is_own_host(given: str, address: str, hosts: Sequence[str] | None) -> bool:
+    """Return whether a client may ask by a name; see `ServeSettings.hosts`.
+
+    Args:
+        given: the header `Host`, which browsers always send; "" for none.
+        address: where the request arrived.
+        hosts: of the settings.
+    """
+    try:
+        name = urlsplit(f"//{given}").hostname
+    except ValueError:
+        return False
+    allowed = hosts if hosts is not None else LOOPBACK if address in LOOPBACK else ["*"]
+    return not given or "*" in allowed or name in allowed
 
 
 class Rates:

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StrictBool, StrictInt, StrictStr
 
 from rarec.bundle.recommended import Id
 
+SAFE_INTEGER = 2**53
 # pydantic refuses half a character of UTF-16, which no answer could carry back, where a length is limited
 Text = Annotated[StrictStr, Field(max_length=1000)]
 ItemId = Annotated[
@@ -81,12 +82,20 @@ class PlaceRequest(BaseRequest):
     k: K = 3
 
 
+def _safe(item: Id) -> Id:
+    """Return an id as text where JavaScript would round the number."""
+    return str(item) if isinstance(item, int) and abs(item) > SAFE_INTEGER else item
+
+
+AnswerId = Annotated[Id, PlainSerializer(_safe), Field(description="Text beyond 2^53, which requests take as well.")]
+
+
 class Found(BaseModel):
     """One item, without a score."""
 
     model_config = ConfigDict(from_attributes=True)
 
-    item: Id
+    item: AnswerId
     title: str
 
 
@@ -139,7 +148,7 @@ class Items(BaseAnswer):
 class Explained(BaseAnswer):
     """Answer of `/v1/explain`."""
 
-    item: Id
+    item: AnswerId
     title: str
     parts: Annotated[dict[str, float], Field(description="What each part adds to the score, beside the average item.")]
     nearest: Annotated[list[Item], Field(description="Items of the history that are most like it.")]

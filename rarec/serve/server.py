@@ -13,16 +13,14 @@ from typing import Any
 
 import uvicorn
 import yaml
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from rarec.errors import Terminated, UserError
 from rarec.serve.app import assemble
-from rarec.serve.guard import FOLDER, event, read_tokens
-from rarec.serve.settings import VARIABLE, ServeSettings
+from rarec.serve.guard import FOLDER, PATIENCE, event, read_tokens
+from rarec.serve.settings import LOOPBACK, VARIABLE, ServeSettings
 
 FACTORY = "rarec.serve.app:create"
-PATIENCE = 10.0
-"""Seconds in which a connection must have sent its first request, and after which an idle one is closed."""
 OPTIONS: dict[str, Any] = {
     "ws": "none",
     "log_config": None,
@@ -31,7 +29,6 @@ OPTIONS: dict[str, Any] = {
     "timeout_keep_alive": int(PATIENCE),
 }
 """Of uvicorn."""
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(settings: ServeSettings, source: Path | None, host: str, port: int, workers: int, drain: int) -> None:
@@ -96,15 +93,28 @@ def check(settings: ServeSettings) -> None:
 
 
 class Patient(H11Protocol):
-    """HTTP/1.1, without endless patience for a client that sends nothing, or its first request byte by byte."""
+    """HTTP/1.1 whose clients have `PATIENCE` for all headers of a request, and for a body that nobody reads.
+
+    uvicorn's own time-out begins anew with every byte, and ends with the first request.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
-        self.loop.call_later(PATIENCE, self._lose_patience)
+        self._expect_request()
 
-    def _lose_patience(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+    def on_response_complete(self) -> None:
+        """See `H11Protocol`."""
+        answered = self.cycle
+        super().on_response_complete()
+        if self.cycle is answered:  # otherwise the next request was there already
+            self._expect_request()
+
+    def _expect_request(self) -> None:
+        self.loop.call_later(PATIENCE, self._lose_patience, self.cycle)
+
+    def _lose_patience(self, last: RequestResponseCycle | None) -> None:
+        if self.cycle is last and not self.transport.is_closing():
             self.transport.close()
 
 

@@ -10,6 +10,8 @@ from rarec.config.load import read_tree, validated
 from rarec.config.section import Device, Location, Positive, Section
 from rarec.errors import UserError
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Names and addresses at which a machine reaches itself."""
 VARIABLE = "RAREC_SERVE"
 """Variable of the environment with the path of the settings, for servers that start `rarec.serve.app:create`."""
 DEFAULT = "default"
@@ -61,6 +63,10 @@ class ServeSettings(Section):
     """Seconds until an answer; after them 503."""
     body_timeout: Seconds = 5.0
     """Seconds in which a request must have arrived."""
+    hosts: Annotated[list[str], Field(max_length=100)] | None = None
+    """Names by which it may be reached (the header `Host`, without a port); `*` allows any. By default, at an address that
+    others reach, any; at 127.0.0.1 `localhost` and its addresses: else a web page could read the catalogue under a name
+    of its own."""
     tokens: Location | None = None
     """File of bearer tokens, one a line; without it, everyone who reaches the port is served."""
     page: bool = True
