@@ -64,9 +64,9 @@ class ServeSettings(Section):
     body_timeout: Seconds = 5.0
     """Seconds in which a request must have arrived."""
     hosts: Annotated[list[str], Field(max_length=100)] | None = None
-    """Names by which it may be reached (the header `Host`, without a port); `*` allows any. By default, at an address that
-    others reach, any; at 127.0.0.1 `localhost` and its addresses: else a web page could read the catalogue under a name
-    of its own."""
+    """Names by which it may be reached (the header `Host`, without a port); `*` allows any. By default, at an address
+    that others reach, any; at 127.0.0.1 `localhost` and its addresses: else a web page could read the catalogue under a
+    name of its own."""
     tokens: Location | None = None
     """File of bearer tokens, one a line; without it, everyone who reaches the port is served."""
     page: bool = True
