@@ -4,13 +4,16 @@ Its own imports are light, so that an error while all else is imported ends in o
 """
 
 import argparse
+import os
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rarec.console.last_resort import crash_context, guarded
 from rarec.errors import UserError
-from rarec.storage.files import write_text
+from rarec.storage.directories import is_own
+from rarec.storage.files import open_file, write_text
 
 if TYPE_CHECKING:
     from rarec.stages.run import Run
@@ -32,7 +35,7 @@ def write_example(directory: Path, example: str) -> Path:
         The configuration's path.
 
     Raises:
-        UserError: there is no such example, or a file of that name is there and differs. Nothing is written then.
+        UserError: there is no such example, or something else of a file's name is there. Nothing is written then.
     """
     from rarec.config.shipped import shipped_files
 
@@ -44,12 +47,34 @@ def write_example(directory: Path, example: str) -> Path:
     copies[directory / f"{example}.yaml"] = root / "configs" / "runs" / f"{example}.yaml"
     texts = {to: path.read_text(encoding="utf-8") for to, path in copies.items()}
     for to, text in texts.items():
-        if to.exists() and (to.is_dir() or to.read_text(errors="replace") != text):
-            raise UserError(f"{to} is there already, with other content", "choose another directory")
-    for to, text in texts.items():
-        if not to.exists():
-            write_text(to, text)
+        _check_free(to, directory, text)
+    with ExitStack() as undo:  # on an error, nothing is left
+        for to, text in texts.items():
+            if not os.path.lexists(to):
+                missing = [folder for folder in to.parents if not os.path.lexists(folder)]
+                for path in (*missing[::-1], to):
+                    undo.callback(_remove, path)
+                write_text(to, text)
+        undo.pop_all()
     return directory / f"{example}.yaml"
+
+
+def _check_free(to: Path, directory: Path, text: str) -> None:
+    """Refuse to write a file through a link, or in place of anything but an equal file."""
+    folders = to.parents[: len(to.relative_to(directory).parts) - 1]
+    for path, name in ((to, to.name), *((folder, f"{folder.name}/") for folder in folders)):
+        if os.path.lexists(path) and not is_own(path, name):
+            kind = "folder" if path in folders else "file"
+            raise UserError(f"{path} is there already, and is no {kind}", "choose another directory")
+    if os.path.lexists(to):
+        with open_file(to) as file:
+            if file.read() != text.encode():
+                raise UserError(f"{to} is there already, with other content", "choose another directory")
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def open_run(config: Path | str, overrides: Iterable[str] | None = None) -> "Run":

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 from rarec.config.plain_yaml import MAX_BYTES, Dumper, parse
 from rarec.config.schema import RunConfig
 from rarec.config.shipped import shipped_files
-from rarec.errors import LONGEST, UserError, nearest, without_password
+from rarec.errors import LONGEST, UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 RENAMED: dict[str, str | None] = {
@@ -167,11 +167,11 @@ def validated(
 def dump_config(config: BaseModel) -> str:
     """Return the resolved configuration as YAML, every default written out; `load_config` reads it back equal.
 
-    URLs lose their passwords: it goes into reports, which are passed on.
+    URLs lose their passwords (see `Section`): it goes into reports, which are passed on.
     """
     tree = config.model_dump(mode="json")
     text: str = yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
-    return without_password(text)
+    return text
 
 
 def _place(detail: ErrorDetails, given: Mapping[str, str], where: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator
 
 from rarec.config.registry import check, find
-from rarec.config.section import Count, Location, NonNegativeFew, Part, Positive, Rate, Section, Weight
+from rarec.config.section import Count, Location, NonNegativeFew, Part, Positive, Section, Temperature, Weight
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 NO_VARIANTS = ("id_only", "popularity", "cheap")
@@ -129,7 +129,7 @@ class Loss(Section):
 
     recommendation: Annotated[str, AfterValidator(check("losses"))] = "softmax"
     """L_rec: `bpr` over in-batch pairs [N], in-batch `softmax` [D], or one of your own as `package.module:name`."""
-    temperature: Rate = 0.1
+    temperature: Temperature = 0.1
     """Divides the scores at the first step. With `readout.normalise` it is learned from there. `bpr` without
     `readout.normalise` does not use it."""
     logq: bool = True
@@ -137,7 +137,7 @@ class Loss(Section):
     penalised."""
     align_weight: Weight = 0.1
     """Weight of the alignment losses (lambda [N]); 0 switches them off."""
-    align_temperature: Rate = 0.1
+    align_temperature: Temperature = 0.1
     """Temperature of the alignment losses (tau [N]). A lower one contrasts more sharply."""
     distil_weight: Weight = 0.0
     """Weight of a distillation in the manner of LLM-SRec [D]: an InfoNCE over the batch, with `align_temperature`,

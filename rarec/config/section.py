@@ -7,12 +7,22 @@ hours, and not by a machine out of memory.
 import os
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from rarec.errors import nearest
+from rarec.errors import nearest, redacted_setting
 
 Few = Annotated[int, Field(gt=0, le=1_000)]
 """Number of layers, heads, processes, things kept or shown."""
@@ -26,6 +36,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1e12)]
+Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Divides scores, which stay finite in any type of weights."""
 Weight = Annotated[float, Field(ge=0, le=1e12)]
 SourceName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,40}$")]
 """A part of file names, and of the names in a tar, which are short and plain."""
@@ -99,8 +111,22 @@ def check_settings(given: Collection[str], known: Collection[str]) -> None:
 
 
 class Section(BaseModel):
-    """A strict part of the configuration: unknown fields, wrong types, NaN and infinity are refused."""
+    """A strict part of the configuration: unknown fields, wrong types, NaN and infinity are refused.
+
+    Dumped as JSON, for a file, a manifest or a hash, it has no secrets; messages show none of those that it was given.
+    """
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hide_from_messages(cls, given: Any) -> Any:
+        with suppress(RecursionError):  # which pydantic refuses by name
+            redacted_setting(given)
+        return given
+
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        return redacted_setting(dump(self)) if info.mode_is_json() else dump(self)

@@ -105,7 +105,8 @@ def _print_ignored(error: Any) -> None:
     """Print one line about an error that ends nothing, where Python would print a traceback."""
     if error.exc_type is not SystemExit:
         where = getattr(error, "thread", None) or getattr(error, "object", None)
-        print(f"ignored: {error.exc_type.__name__}: {error.exc_value} in {in_short(repr(where))}", file=sys.stderr)
+        line = f"ignored: {error.exc_type.__name__}: {error.exc_value} in {in_short(repr(where))}"
+        print(in_short(line), file=sys.stderr)
 
 
 def _open_closed() -> None:

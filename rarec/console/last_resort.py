@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from rarec.console.inert import OutputClosed, inert, inert_streams
-from rarec.errors import EXIT_CODE, Stopped, Terminated, UserError, in_short, without_password
+from rarec.errors import EXIT_CODE, Stopped, Terminated, UserError, in_short, redacted
 from rarec.storage.files import write_text
 from rarec.version import __version__
 
@@ -43,7 +43,9 @@ _LESS_MEMORY = (
     "then run the same command to resume"
 )
 EXHAUSTED = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on the disk of run.dir"),
+    errno.ENOSPC: f"free space on that disk (else on those of run.dir, --out and {tempfile.gettempdir()})",
+    errno.EDQUOT: "free space in your quota",
+    errno.EFBIG: "allow larger files (ulimit -f unlimited), or free space in your quota",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n 4096)"),
     errno.EAGAIN: "free memory, or allow more processes",
 }
@@ -59,6 +61,8 @@ PATH_REMEDIES = {
     errno.ELOOP: "remove the link that leads back to itself, or name another path",
 }
 """What to do about an error of a path."""
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE)
+"""Errors of a path whose file system cannot do what every other can, or has failed."""
 _FIRST_LINE = "rarec ended with an error that it did not expect.\n"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """The signals that batch systems send before they take a machine away."""
@@ -205,16 +209,18 @@ def _rank() -> int:
 def machine_trouble(error: BaseException) -> str | None:
     """Return the message for an error of the machine, such as a full disk; None for an error of the program."""
     path = str(error.filename) if isinstance(error, OSError) and error.filename else ""
-    where = f": {path}" if path else ""
+    where = f": {path}" if path else "".join(f", {note}" for note in getattr(error, "__notes__", [])[:1])
     text = str(error).replace("can't start new thread", os.strerror(errno.EAGAIN))
     for number, remedy in EXHAUSTED.items():  # in the text: safetensors, DuckDB and Arrow raise exceptions of their own
         if os.strerror(number) in text:
-            return f"{os.strerror(number)}{where}\n  -> {remedy}, then run the same command to resume"
+            return in_short(f"{os.strerror(number)}{where}") + f"\n  -> {remedy}, then run the same command again"
     if not isinstance(error, OSError):
         return None
     number = errno.EACCES if isinstance(error, PermissionError) else error.errno or 0
     if number in PATH_REMEDIES:
         return in_short(f"{error.strerror or error}{where}") + f"\n  -> {PATH_REMEDIES[number]}"
+    if number in _REFUSED and path:
+        return in_short(f"{error.strerror}{where}") + "\n  -> choose another place: the file system there refuses that"
     if number == errno.ENOENT and not path:  # as `Path.cwd` raises it
         return "the current directory does not exist any more\n  -> cd to one that does"
     return None
@@ -232,7 +238,7 @@ def crash_line(
         rank: this process.
     """
     stage = _stage(error)
-    reason = in_short(without_secrets(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " ")))
+    reason = in_short(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " "))
     # PyTorch and Arrow have errors of their own for a lack of memory.
     in_need = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or _NO_MEMORY in str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -245,16 +251,10 @@ def crash_line(
     return f"{stage}: {reason} ({where}) -> {remedy}"
 
 
-def without_secrets(text: str) -> str:
-    """Return a text without the passwords of URLs, and without values of options that are named like secrets."""
-    secret = r"(?i)((?:password|passwd|secret|token|api_?key)\s*[=:]\s*)[^\s&'\",]+"
-    return re.sub(secret, r"\1...", without_password(text))
-
-
 def _crash_report(error: BaseException, stage: str, configuration: Path | None) -> str:
-    head = f"version: {__version__}\ncommand: {shlex.join(sys.argv)}\nstage: {stage}\n"
+    head = f"version: {__version__}\ncommand: {shlex.join(map(redacted, sys.argv))}\nstage: {stage}\n"
     head += f"configuration: {configuration or 'none'}\n\n"
-    return _FIRST_LINE + without_secrets(head + "".join(traceback.format_exception(error)))
+    return _FIRST_LINE + redacted(head + "".join(traceback.format_exception(error)))
 
 
 def _stage(error: BaseException) -> str:
@@ -282,7 +282,7 @@ def _write(report: str, directory: Path | None, name: str) -> Path | None:
             if own and path.parent.is_dir():
                 write_text(path, inert(report))
                 return path
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):  # as in /proc
             continue
     return None
 

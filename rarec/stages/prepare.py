@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rarec.errors import without_password
+from rarec.errors import redacted_setting
 from rarec.stages.stage import Built, Stage
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
@@ -32,7 +32,7 @@ class PrepareStage(Stage):
         """See `Stage`: where tables are known by their names, the engine that knows them."""
         config = self.run.config.prepare
         named = config.interactions.table or config.items.table
-        return without_password(config.engine) if named else None
+        return redacted_setting(config.engine) if named else None
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""

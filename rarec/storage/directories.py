@@ -16,7 +16,17 @@ from itertools import product
 from pathlib import Path
 
 from rarec.errors import UserError
-from rarec.storage.files import fsync, is_temporary, open_to_lock, read_json, remove_stale, temporary_path, write_json
+from rarec.storage.files import (
+    creating,
+    fsync,
+    is_temporary,
+    make_directory,
+    open_to_lock,
+    read_json,
+    remove_stale,
+    temporary_path,
+    write_json,
+)
 
 MARKER = ".rarec.json"
 """File in a directory that rarec has made: the names of its files; `name/` for all that is in a directory."""
@@ -42,15 +52,13 @@ def new_directory(path: Path, claims: Iterable[str] = (), *, replace: bool = Tru
         refuse_foreign(path)
     elif os.path.lexists(path):
         raise is_there(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # /proc; a file on the way
-        raise UserError(f"{path.parent} cannot be made: {error.strerror}", "name another folder") from None
+    make_directory(path.parent)
     restore_replaced(path)
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
     try:
-        temporary.mkdir()  # in here, since Ctrl-C may come at once
+        with creating(path.parent):
+            temporary.mkdir()  # in here, since Ctrl-C may come at once
         with open_to_lock(temporary) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield temporary
@@ -60,6 +68,9 @@ def new_directory(path: Path, claims: Iterable[str] = (), *, replace: bool = Tru
                 replace_directory(temporary, path)
             else:
                 _place(temporary, path)
+    except Exception as error:
+        error.add_note(f"while {path} was written")
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -143,7 +154,7 @@ def claim(directory: Path, names: Iterable[str]) -> None:
         raise UserError(f"{directory / MARKER} is missing or damaged", f"move {directory} away")
     new = set(names) - listed
     for name in sorted(listed | new):
-        if os.path.lexists(directory / name) and (name in new or not _is_own(directory / name, name)):
+        if os.path.lexists(directory / name) and (name in new or not is_own(directory / name, name)):
             raise _refusal(directory / name)
     if new:
         _mark(directory, listed | new)
@@ -155,7 +166,7 @@ def drop_listed(directory: Path, names: Iterable[str]) -> None:
         remove_stale(directory, own)
     listed = _listed(directory) or set()
     present = [name for name in listed.intersection(names) if os.path.lexists(directory / name)]
-    for path in (directory / name for name in present if _is_own(directory / name, name)):
+    for path in (directory / name for name in present if is_own(directory / name, name)):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     if present:  # from now on, a file of such a name is the user's
         _mark(directory, listed.difference(names))
@@ -189,7 +200,7 @@ def _foreign_entries(root: Path, directory: Path, listed: set[str]) -> Iterator[
     """Yield what is below a directory and not listed by the marker of `root`, or by one nearer to the entry."""
     for entry in sorted(directory.iterdir()):
         name = entry.relative_to(root).as_posix()
-        if is_temporary(entry) or any(_is_own(entry, listed_name) for listed_name in listed & {name, f"{name}/"}):
+        if is_temporary(entry) or any(is_own(entry, listed_name) for listed_name in listed & {name, f"{name}/"}):
             continue
         if entry.is_symlink() or not entry.is_dir() or name in listed:  # or a folder where a file should be
             yield entry
@@ -199,7 +210,7 @@ def _foreign_entries(root: Path, directory: Path, listed: set[str]) -> Iterator[
             yield from _foreign_entries(root, entry, listed)
 
 
-def _is_own(path: Path, name: str) -> bool:
+def is_own(path: Path, name: str) -> bool:
     """Return whether there is a file or, for a `name/`, a folder, and no link to one: rarec makes no links."""
     return stat.S_IFMT(path.lstat().st_mode) == (stat.S_IFDIR if name.endswith("/") else stat.S_IFREG)
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,9 +38,33 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
+def creating(path: Path) -> Iterator[None]:
+    """Name the place where the context can create nothing, as in /proc or behind a link to nothing.
+
+    Raises:
+        UserError: it is so.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"nothing can be made in {path}: {error.strerror}", "name another folder") from None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, unless they exist.
+
+    Raises:
+        UserError: nothing can be made there.
+    """
+    with creating(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
 def open_handle(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Yield a handle of a file or directory. Closing it at the end frees its lock."""
-    handle = os.open(path, flags, 0o666)
+    with creating(path.parent) if flags & os.O_CREAT else nullcontext():
+        handle = os.open(path, flags, 0o666)
     try:
         yield handle
     finally:
@@ -69,7 +93,9 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
     try:
-        with temporary.open("wb") as file:
+        with creating(path.parent):
+            file = temporary.open("wb")
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
@@ -78,6 +104,9 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
                 temporary.replace(path)
             else:
                 path.hardlink_to(temporary)  # fails where something is, unlike a rename
+    except Exception as error:
+        error.add_note(f"while {path} was written")  # an error of writing, as on a full disk, names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
@@ -130,7 +159,7 @@ def lock_file(path: Path) -> AbstractContextManager[int]:
 
     The file is never deleted: another process may be waiting for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     return open_handle(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)  # a link may lead anywhere
 
 
@@ -156,7 +185,7 @@ def try_lock(handle: int) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file by `atomic_write`; make its directory if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     with atomic_write(path) as file:
         file.write(text.encode())
 

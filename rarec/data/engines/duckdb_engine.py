@@ -1,6 +1,8 @@
 """The DuckDB engine, which runs in this process and spills to disk, and its variant that reads tables of a database."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,20 +22,22 @@ from rarec.data.engines.table_files import (
     TableLocation,
     check_columns,
     check_gzip,
+    check_line_ends,
     check_parquet,
     check_types,
     read_header,
 )
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
+from rarec.storage.files import make_directory
 
 JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
 """DuckDB's integer types of JSON values, which may exceed 64 bits."""
 COMPUTING = (
     "the preparation failed",
-    "repair or rewrite the file if one is named; else raise prepare.memory, or free space in prepare.scratch",
+    "repair or rewrite the file if one is named; else free space in prepare.scratch",
 )
-"""Problem and remedy of an error during computation: no memory, no disk space, or a file that changed."""
+"""Problem and remedy of an error during computation: no disk space, or a file that changed."""
 
 
 class DuckDBEngine:
@@ -49,7 +53,7 @@ class DuckDBEngine:
 
     def __init__(self, spill: Path, memory: str | None = None) -> None:
         self._spill = spill
-        spill.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(spill.parent)
         self._ibis = ibis.duckdb.connect(temp_directory=str(spill), autoinstall_known_extensions=False)
         self._duckdb: duckdb.DuckDBPyConnection = self._ibis.con
         self._duckdb.execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = false")
@@ -159,7 +163,7 @@ class DatabaseEngine(DuckDBEngine):
 
     def __init__(self, url: str, spill: Path, memory: str | None = None) -> None:
         super().__init__(spill, memory)
-        self._scheme, _, rest = url.partition("://")  # the rest may contain a password: never shown
+        self._scheme, _, rest = url.partition("://")
         try:
             self._source = self._connect_file(rest, memory) if self._scheme == "duckdb" else ibis.connect(url)
         except Exception as error:  # every driver has its own exceptions
@@ -167,9 +171,7 @@ class DatabaseEngine(DuckDBEngine):
             remedy = f"pip install 'ibis-framework[{self._scheme}]'; check host, user, password and database"
             if self._scheme == "duckdb":
                 remedy = "name a DuckDB file: duckdb:///path/to/file"
-            shown = f"{self._scheme}://..."
-            message = str(error).replace(url, shown)
-            raise UserError(f"prepare.engine: {shown} does not connect: {message}", remedy) from None
+            raise UserError(f"prepare.engine: {url} does not connect: {error}", remedy) from None
 
     def _connect_file(self, path: str, memory: str | None) -> Any:
         """Connect to a DuckDB file, with the limits of this engine: sorting spills beside the engine's own files."""
@@ -194,6 +196,7 @@ class DatabaseEngine(DuckDBEngine):
         except UserError:
             raise
         except Exception as error:  # every driver has its own exceptions
+            _raise_if_exhausted(error)
             problem = f"{location.section}: {location.name}: {self._scheme} raised {type(error).__name__}: {error}"
             remedy = "check the table's name (NAME or SCHEMA.NAME), your right to read it, and its columns' types"
             raise UserError(problem, remedy) from None
@@ -207,7 +210,7 @@ class DatabaseEngine(DuckDBEngine):
 
     def _copy(self, table: ir.Table, location: TableLocation) -> TableLocation:
         """Copy the columns to Parquet in the scratch directory."""
-        self._spill.mkdir(parents=True, exist_ok=True)
+        make_directory(self._spill)
         path = self._spill / f"{location.section}.parquet"
         is_file = self._scheme == "duckdb"
         rows = _stream(self._source.con, table) if is_file else table.to_pyarrow_batches()
@@ -277,7 +280,21 @@ def _explained(task: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
+        _raise_if_exhausted(error)
         raise UserError(f"{task}: {error}", remedy) from None
+
+
+def _raise_if_exhausted(error: Exception) -> None:
+    """Raise an error of its own if memory or disk space ran out, which is no fault of the table."""
+    reason = str(error).partition("\n")[0].removeprefix("Out of Memory Error: ")
+    if isinstance(error, duckdb.OutOfMemoryException):
+        remedy = "raise prepare.memory (such as to 4GB) or leave it out, or free space in prepare.scratch"
+        raise UserError(f"prepare.memory is too small: {reason}", remedy) from None
+    if os.strerror(errno.EFBIG) in reason:
+        raise error  # `machine_trouble` names the limit
+    if os.strerror(errno.ENOSPC) in reason or os.strerror(errno.EDQUOT) in reason:
+        remedy = "free space there, or set prepare.scratch to a folder on a larger disk"
+        raise UserError(f"the disk of prepare.scratch is full: {reason}", remedy) from None
 
 
 @contextmanager
@@ -286,6 +303,9 @@ def _readable(location: TableLocation) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
+        _raise_if_exhausted(error)
+        if "invalid state" in str(error):
+            check_line_ends(location)
         text = re.split(r"\n\s*Possible|\n\s*file = ", str(error))[0]
         file = re.search(r"file = (.+)", str(error))
         name = file[1].strip() if file else location.name

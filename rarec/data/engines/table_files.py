@@ -7,6 +7,7 @@ import csv
 import glob
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,25 @@ def read_header(files: TableLocation) -> list[str]:
     if repeated:
         raise UserError(f"{files.paths[0]} has two columns named {repeated[0]!r}", "give each column its own name")
     return names
+
+
+def check_line_ends(files: TableLocation) -> None:
+    r"""Check that all lines of a file end alike: in `\n`, `\r\n` or `\r`.
+
+    Raises:
+        UserError: one does not; the message names it.
+    """
+    for path in files.paths:
+        with fsspec.open(path, "rt", encoding="latin-1", newline="", compression="infer") as file:
+            first = ""
+            for number, line in enumerate(file, start=1):
+                end = line[len(line.rstrip("\r\n")) :]
+                first = first or end
+                if end not in (first, ""):
+                    problem = f"{path}: line {number} ends with {end!r}, but those before it with {first!r}"
+                    remedy = f"end all lines alike: perl -pi -e 's/\\r\\n?/\\n/g' {shlex.quote(path)}"
+                    unpack = "unpack the file, then " if path.lower().endswith(".gz") else ""
+                    raise UserError(problem, f"{unpack}{remedy}")
 
 
 def check_gzip(files: TableLocation) -> None:

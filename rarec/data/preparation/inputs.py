@@ -15,7 +15,7 @@ from rarec.config.schema import Interactions, Items, Prepare, Table
 from rarec.data.engines import PrepareEngine, compute_value
 from rarec.data.engines.table_files import DELIMITED, NAMED, TableLocation, find_files, hash_files
 from rarec.data.preparation import steps
-from rarec.errors import UserError, without_password
+from rarec.errors import UserError, redacted_setting
 from rarec.storage.artefacts import sha256_json
 
 CANONICAL_INTEGER = r"^(0|-?[1-9][0-9]{0,18})\z"
@@ -57,7 +57,7 @@ def input_hashes(config: Prepare) -> dict[str, str]:
     for name in ("interactions", "items"):
         location = table_location(getattr(config, name), f"prepare.{name}")
         if location.format == NAMED:
-            hashes[name] = sha256_json([without_password(config.engine), location.name])
+            hashes[name] = sha256_json([redacted_setting(config.engine), location.name])
         else:
             hashes[name] = hash_files(location)
     return hashes
