@@ -22,15 +22,15 @@ _SECRET = (
 """Names of secrets: of options, of a URL's query and fragment, and of Spark's and cloud stores' settings."""
 _QUOTED_VALUE = r"'(?:\\.|''|[^'\\])*'|\"(?:\\.|\"\"|[^\"\\])*\"|\{[^}]*\}"
 _PORT = r"\s|\d{1,5}(?:[/?#:,;)'\"\s]|$)"
-_USER = re.compile(rf"(://[^\s/?#:\[]*:)(?!{re.escape(HIDDEN)}@)(?:(?!{_PORT}).+|\S+)@")
+_USER = re.compile(rf"(:/{{1,2}}[^\s/?#:\[]*:)(?!{re.escape(HIDDEN)}@)(?:(?!{_PORT}).+|\S+)@")
 """A URL's user and password: up to the last `@`, since a password may hold spaces, quotes, `@`, `/` and `#`."""
-_LONE_TOKEN = re.compile(rf"(?i)(https?://)(?!{re.escape(HIDDEN)}@)[^\s/?#@:]+@(?!\S+:{re.escape(HIDDEN)}@)")
+_LONE_TOKEN = re.compile(rf"(?i)(https?:/{{1,2}})(?!{re.escape(HIDDEN)}@)[^\s/?#@:]+@(?!\S+:{re.escape(HIDDEN)}@)")
 _OPTION = re.compile(
     rf"(?i)(?<![\w.-])({_SECRET}['\"]?\s*[=:]\s*)"
     rf"(?:{_QUOTED_VALUE}|(?:(?:Bearer|Basic)\s+)?[^\s&;]*[^\s&;,:'\"`)\]}}])"
 )
 """A secret in a message, of which nothing says where it ends but a space or a sign."""
-_WHOLE_USER = re.compile(rf"(?s)(://[^/?#:\[]*:)(?!{re.escape(HIDDEN)}@).+@")
+_WHOLE_USER = re.compile(rf"(?s)(:/{{1,2}}[^/?#:\[]*:)(?!{re.escape(HIDDEN)}@).+@")
 _WHOLE_OPTION = re.compile(rf"(?is)(?<![\w.-])({_SECRET}\s*=\s*)(?:{_QUOTED_VALUE})?.*?(?=[&;]|#[\w-]+=|\s+\w+\s*=|$)")
 _CONNECTION = re.compile(r"(?s).*://|[\w ]+=")
 _WHOLE = {_WHOLE_USER: rf"\1{HIDDEN}@", _LONE_TOKEN: rf"\1{HIDDEN}@", _WHOLE_OPTION: rf"\1{HIDDEN}"}

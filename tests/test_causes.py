@@ -44,6 +44,13 @@ def test_too_little_memory_is_named_by_its_field(place):
     assert not prepare(place, f"prepare.memory={remedy}")
 
 
+def test_a_url_as_scratch_is_refused_where_a_folder_of_that_name_would_be_made(place):
+    message = prepare(place, "prepare.scratch=s3://me:hunter2@bucket/x")
+    assert message.startswith("error: field `prepare.scratch`: a URL")
+    assert not (place / "s3:").exists()
+    assert not prepare(place, "prepare.scratch=folder")
+
+
 @pytest.mark.parametrize(("end", "other"), [("\n", "\r\n"), ("\r\n", "\n"), ("\n", "\r"), ("\r\n", "\r")])
 @pytest.mark.parametrize("line", [1, 100])
 def test_mixed_line_ends_are_named_by_the_line(place, end, other, line):

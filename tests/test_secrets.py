@@ -88,7 +88,8 @@ def test_no_secret_of_a_configuration_is_in_a_dump_or_in_any_message(value):
 @given(st.one_of(URLS.filter(lambda url: "=" not in url), st.builds(lambda n, v: f"x=1 {n}={v} y=2", NAMES, PLAIN)))
 @settings(max_examples=100, deadline=None)
 def test_a_secret_of_no_configuration_is_in_no_message_either(value):
-    assert not shown(str(UserError(f"log: {value} cannot be read")) + redacted(f"got {value!r}, x"))
+    for text in (value, value.replace("://", ":/")):  # as Path shows it
+        assert not shown(str(UserError(f"log: {text} cannot be read")) + redacted(f"got {text!r}, x"))
 
 
 @pytest.mark.parametrize(

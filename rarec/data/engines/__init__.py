@@ -69,6 +69,8 @@ def open_engine(config: Prepare, spill: Path) -> AbstractContextManager[PrepareE
     """
     from rarec.data.engines.duckdb_engine import DatabaseEngine, DuckDBEngine
 
+    if config.engine != "spark" and "://" in (config.scratch or ""):
+        raise UserError("field `prepare.scratch`: a URL, which the engine spark alone writes to", "name a local folder")
     scratch = f"{config.scratch.rstrip('/')}/rarec-{uuid.uuid4().hex}" if config.scratch else str(spill)
     if config.engine == "duckdb":
         return closing(DuckDBEngine(Path(scratch), config.memory))
