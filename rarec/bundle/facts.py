@@ -27,8 +27,8 @@ _NAMES_CODE = ("alignment_maps", "readouts", "losses")
 class _Part(Section):
     """A part of the row."""
 
-    weight: float
-    slope: float
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)]
+    slope: Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class _Rule(Section):
@@ -100,6 +100,8 @@ def _complete(settings: _Sections) -> _Sections:
         section, name = field.split(".")
         if name not in settings.get(section, {}):
             raise ValueError(f"lacks `{field}`")
+        if section != "train" and not isinstance(settings[section][name], str):
+            raise ValueError(f"`{field}` is no text")
     return settings
 
 

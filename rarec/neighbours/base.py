@@ -168,10 +168,11 @@ def read_table(path: Path | pa.BufferReader, n_items: int, scratch: Scratch = IN
         scratch: where the matrix is kept.
 
     Raises:
-        ValueError: an item is not in the catalogue, or a score not above 0.
-        KeyError: the file has other columns.
+        ValueError: the file has other columns, an item is not in the catalogue, or a score not above 0.
     """
     with pq.ParquetFile(path) as file:
+        if file.schema_arrow.names != SCHEMA.names or file.schema_arrow.types != SCHEMA.types:
+            raise ValueError(f"its columns are not those of a neighbour table: {', '.join(map(str, SCHEMA))}")
         starts_N = np.zeros(n_items + 1, np.int64)
         for rows, near, scores in _parts(file):
             if min(rows.min(), near.min()) < 0 or max(rows.max(), near.max()) >= n_items:

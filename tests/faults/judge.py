@@ -84,7 +84,8 @@ class Judge:
         elif code not in (*ENDS, LAST_RESORT):
             return faults  # ended by a signal, as it may be
         faults += [*self._output(outcome), *self._permissions()]
-        return [*faults, *(self._refusal(outcome) if code else [*self.results(), *self._use(outcome)])]
+        uses = [] if code and not self.harm.interruptions else self._use(outcome)
+        return [*faults, *uses, *(self._refusal(outcome) if code else self.results())]
 
     def _stages(self) -> list[str]:
         """Return the stages that the command runs."""
@@ -120,6 +121,8 @@ class Judge:
         control = _CONTROL.search(_COLOUR.sub("", printed) if coloured else printed)
         if control:
             yield f"it printed the control character {control[0]!r}"
+        if re.search(r"\b(nan|inf)\b", outcome.stdout):
+            yield f"it printed a number that is none: {outcome.stdout[:200]!r}"
 
     def _refusal(self, outcome: Outcome) -> Iterator[str]:
         errors = re.findall(r"^error: .*(?:\n(?!error: ).*)*", outcome.stderr, re.MULTILINE)  # it is what comes last
@@ -181,6 +184,8 @@ class Judge:
         if BUNDLE in self.harm.command.words and self.harm.expect == "same":
             printed, expected = self.world.undisturbed(" ".join(self.harm.command.words))
             made = {path: content for path, content in written(self.after).items() if not self._is_planted(path)}
+            if outcome.code:  # the one before was killed when it had written it, and this one refuses to replace it
+                made = {path: content for path, content in made.items() if not path.startswith(f"{RUN}/.")}
             other = [path for path in made | expected if made.get(path) != expected.get(path)]
             yield from (f"{path} is not what it is without the harm" for path in other[:3])
             if outcome.stdout and outcome.stdout != printed:

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.commands import Command, Outcome
+from tests.faults.bundles import forge, interrupt_use
 from tests.faults.files import NAMES, damage, plant
 from tests.faults.judge import Harm, Judge
 from tests.faults.surroundings import interrupt, run, surround
@@ -34,9 +35,12 @@ CASES = [
     pytest.param(harm_input, 6, False, id="inputs"),
     pytest.param(surround, 4, False, id="surroundings"),
     pytest.param(interrupt, 2, False, id="interruptions"),
+    pytest.param(forge, 12, False, id="bundles"),
+    pytest.param(interrupt_use, 3, False, id="uses"),
     pytest.param(plant, 10, True, id="trees-thorough", marks=SLOW),
     pytest.param(damage, 10, True, id="bytes-thorough", marks=SLOW),
     pytest.param(interrupt, 5, True, id="interruptions-thorough", marks=SLOW),
+    pytest.param(interrupt_use, 15, True, id="uses-thorough", marks=SLOW),
     pytest.param(partial(interrupt, ranks=2), 1, True, id="two-ranks", marks=[SLOW, pytest.mark.multiprocess]),
 ]
 """What makes harms of a kind, how many in a short run, and whether slow stages run and remedies are carried out."""
