@@ -1,6 +1,7 @@
 """The source has no pickle, no eval, no shell, no remote code: of rarec, its launchers and its tools."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,18 @@ def is_constant(node: ast.expr | None, value: object) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_runs_foreign_code(path):
     assert set(dangers(path.read_text())) == WRITES_ALONE.get(path.relative_to(ROOT).as_posix(), set())
+
+
+def test_every_claim_of_the_page_names_tests_that_are_there():
+    rows = re.findall(
+        r"^\| (.+?) \| .+ \| (.*) \|$", (ROOT / "SECURITY.md").read_text().split("| held by |")[1], re.MULTILINE
+    )
+    assert len(rows) > 10
+    for topic, held in rows[1:]:
+        for file, test in re.findall(r"`([\w/]+)::(\w+)`", held):
+            path = ROOT / "tests" / f"{file.rpartition('/')[0]}" / f"test_{file.rpartition('/')[2]}.py"
+            assert f"def {test}(" in path.read_text(), topic
+        assert held or topic == "network"
 
 
 def test_the_loader_of_configurations_is_a_safe_one():
