@@ -125,6 +125,9 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes, each with the models.")] = 1,
     backend: Annotated[str | None, typer.Option(help="torch, or onnx for a folder of --to onnx --to faiss.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which a proxy reaches it. Repeatable.")
+    ] = None,
     drain: Annotated[int, typer.Option(min=0, max=3600, help="Seconds to answer what was asked, at the end.")] = 30,
     llm: LanguageModel = None,
     device: Device = "auto",
@@ -137,6 +140,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed", "pip install 'rarec[serve]'") from None
     options = {"backend": backend, "llm": llm, "trusted": trust, "tokens": tokens and str(tokens.absolute())}
+    options["hosts"] = allow_host
     given: dict[str, Any] = {name: value for name, value in options.items() if value}
     if bundle is not None and settings is None:
         served = reading.settings_of(bundle, device=device, **given)

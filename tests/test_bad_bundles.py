@@ -74,6 +74,15 @@ def listed(name: str):
     return harm
 
 
+def nested(depth: int) -> dict[str, object]:
+    return {"kind": "mapped", "inner": nested(depth - 1)} if depth else {"kind": "sasrec"}
+
+
+def hidden(bundle: Path) -> None:
+    (bundle / ".hidden").touch()
+    listed(".hidden")(bundle)
+
+
 def tensors(change):
     def harm(path: Path) -> None:
         weights = load_file(path)
@@ -232,6 +241,32 @@ HARMS = {
         rewritten("items.parquet", lambda path: pq.write_table(_halved(pq.read_table(path)), path)),
         "items.parquet",
     ),
+    "a table that belongs to nothing": (
+        rewritten(VECTORS, tensors(lambda t: t.update({"ids/ghost": t["ids/id"].clone()}))),
+        "ids/ghost",
+    ),
+    "vectors whose products overflow": (rewritten(VECTORS, tensors(lambda t: t["model"].fill_(3e38))), VECTORS),
+    "neighbours whose sums overflow": (
+        rewritten("neighbours/ease.parquet", lambda path: pq.write_table(_scored(pq.read_table(path), 3e38), path)),
+        "ease.parquet",
+    ),
+    "neighbours of another type": (
+        rewritten("neighbours/ease.parquet", lambda path: pq.write_table(_halves(pq.read_table(path)), path)),
+        "ease.parquet",
+    ),
+    "ids that are no text": (
+        rewritten("items.parquet", lambda path: pq.write_table(_not_utf8(pq.read_table(path)), path)),
+        "items.parquet",
+    ),
+    "a hidden file": (hidden, ".hidden"),
+    "a name in another form": (listed("./items.parquet"), "./items.parquet"),
+    "maps of maps without end": (users(kind="mapped", inner=nested(500)), FACTS),
+    "code that is a list": (model(lambda m: m["settings"]["alignment"].update(map=[])), "alignment.map"),
+    "an ID model that is no source": (facts(id_model="other"), "'id'"),
+    "no word for untitled items": (
+        lambda bundle: sealed(bundle, tables={**read_json(bundle / FACTS)["tables"], "items": {"item": "item"}}),
+        "untitled",
+    ),
     "users of no kind": (
         facts(sources={"id": {"users": {}, "dim": 16, "vectors_per_user": 1, "hash": ""}}),
         "sources.id.users.kind",
@@ -257,7 +292,20 @@ def _doubled(table: pa.Table) -> pa.Table:
 
 
 def _unscored(table: pa.Table) -> pa.Table:
-    return table.set_column(2, "score", pa.array([float("nan")] * len(table), pa.float32()))
+    return _scored(table, float("nan"))
+
+
+def _scored(table: pa.Table, score: float) -> pa.Table:
+    return table.set_column(2, "score", pa.array([score] * len(table), pa.float32()))
+
+
+def _halves(table: pa.Table) -> pa.Table:
+    return table.set_column(1, "neighbour_row", pa.array([3.5] * len(table)))
+
+
+def _not_utf8(table: pa.Table) -> pa.Table:
+    ids = pa.array([b"\xff%d" % row for row in range(len(table))]).view(pa.string())
+    return table.set_column(0, "item_id", ids)
 
 
 def _halved(table: pa.Table) -> pa.Table:

@@ -113,13 +113,31 @@ def test_a_part_that_was_damaged_meanwhile_is_made_anew(recommender, log, tmp_pa
     assert len(list(filter(None, again.served))) == -(-len(histories(recommender, log)) // 10) - 1
 
 
+def test_parts_of_another_request_are_never_joined(recommender, log, tmp_path, monkeypatch):
+    """Nor do a file of somebody else's among them, or half a folder that was being removed, stand in the way."""
+    monkeypatch.setattr(users, "USERS_AT_A_TIME", 10)
+    out = tmp_path / "top.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        recommend_all(Interrupted(recommender, 2), log, out, 5)
+    (begun,) = tmp_path.glob(".top*")
+    (begun / "notes.txt").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        recommend_all(Interrupted(recommender, 2), log, out, 6)
+    (other,) = set(tmp_path.glob(".top*")) - {begun}
+    shutil.rmtree(other / "parts")
+    rows = recommend_all(recommender, log, out, 6)
+    assert set(pd.read_parquet(out).groupby("user").size()) == {6}
+    assert rows == 6 * len(histories(recommender, log))
+    assert {path.name for path in tmp_path.iterdir()} == {"top.parquet", begun.name}
+
+
 def test_a_file_is_written_by_one_process_at_a_time(recommender, log, tmp_path):
     out = tmp_path / "top.parquet"
 
     class Meanwhile(Interrupted):
         def recommend_to(self, histories, k):
             with pytest.raises(UserError, match="another process"):
-                recommend_all(recommender, log, out, 5)
+                recommend_all(recommender, log, out, 3)
             return super().recommend_to(histories, k)
 
     rows = recommend_all(Meanwhile(recommender), log, out, 3)

@@ -68,6 +68,8 @@ def pairs(items: Any) -> list[tuple[Any, str, float]]:
         ("http://127.0.0.1:8000", None, "evil.example", 421),
         ("http://127.0.0.1:8000", None, "localhost.evil.example", 421),
         ("http://127.0.0.1:8000", None, "[", 421),
+        ("http://127.0.0.1:8000", None, "evil@localhost", 421),
+        ("http://127.0.0.2:8000", None, "evil.example", 421),
         ("http://10.0.0.7:8000", None, "shop.example", 200),
         ("http://10.0.0.7:8000", ["shop.example"], "SHOP.example:443", 200),
         ("http://10.0.0.7:8000", ["shop.example"], "10.0.0.7", 421),

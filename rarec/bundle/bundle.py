@@ -40,7 +40,7 @@ from rarec.config.load import validated
 from rarec.config.neighbours import built_in
 from rarec.config.schema import Prepare
 from rarec.errors import UserError
-from rarec.ids.source import Source, users_of
+from rarec.ids.source import BIAS, INNER, LEFT, MAPPED_ITEMS, MATRIX, Source, users_of
 from rarec.models.build import ALIGNMENT, LORA_WEIGHTS, SourceShape
 from rarec.neighbours.base import read_table
 from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
@@ -57,6 +57,8 @@ Columns = Mapping[str, str]
 COLUMNS = ("item_id", "title", "text", "train_count")
 """Of `items.parquet`."""
 _IDS = (pa.int64(), pa.string())
+LARGEST = 1e15
+"""Number in a vector: products of larger ones might overflow."""
 NO_COLUMNS: Columns = MappingProxyType({})
 NOWHERE: Columns = MappingProxyType({"path": "none"})
 Float32 = npt.NDArray[np.float32]
@@ -102,7 +104,8 @@ class Catalogue:
         Raises:
             ValueError: it lacks a column, or has one of another type, a missing value, or an id twice.
         """
-        table = pq.read_table(pa.BufferReader(data)).select(COLUMNS)
+        table = pq.read_table(pa.BufferReader(data), columns=list(COLUMNS))
+        table.validate(full=True)  # text that is none
         for column in table:
             if column.null_count:
                 raise ValueError("a value is missing")
@@ -208,12 +211,13 @@ class Bundle:
         data = self.read(FACTS)
         with self._reading(FACTS):
             facts: dict[str, Any] = json.loads(data)
-        schema = facts.get("schema") if isinstance(facts, dict) else None
-        if schema != SCHEMA:
-            problem = f"{where} has the `schema` {schema}, this version of rarec reads {SCHEMA}"
-            raise UserError(problem, f"update rarec, or {REMEDY}")
-        validated(BundleFacts, facts, str(where), remedy=REMEDY)
-        for name in own_parts(facts):
+            schema = facts.get("schema") if isinstance(facts, dict) else None
+            if schema != SCHEMA:
+                problem = f"{where} has the `schema` {schema!r}, this version of rarec reads {SCHEMA}"
+                raise UserError(problem, f"update rarec, or {REMEDY}")
+            validated(BundleFacts, facts, str(where), remedy=REMEDY)
+            named = own_parts(facts)
+        for name in named:
             if self.trusted is not None and name not in self.trusted:
                 problem = f"{self.directory} needs {name}, which is used only if it is named"
                 raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
@@ -224,10 +228,12 @@ class Bundle:
         count = len(self.catalogue.titles)
         facts = self.facts
         dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
-        for name, dim in {**dims, **({MODEL: None} if facts["model"] else {})}.items():
+        dims |= {MODEL: None} if facts["model"] else {}
+        for name in sorted({*dims, *self.vectors}):
             table = self.vectors.get(name, np.empty(0))
-            if not (table.dtype == np.float32 and table.ndim == 2 and table.shape == (count, dim or table.shape[1])):
-                wanted = f"finite vectors of type float32 ({count}, {dim or 'any'})"
+            fits = name in dims and table.ndim == 2 and table.size and len(table) == count
+            if not fits or table.shape[1] != (dims[name] or table.shape[1]) or np.abs(table).max() > LARGEST:
+                wanted = f"vectors of type float32 ({count}, {dims.get(name) or 'any'}) of usual size"
                 raise UserError(f"{self.directory / VECTORS}: table {name!r} does not hold {wanted}", REMEDY)
 
     @cached_property
@@ -262,6 +268,7 @@ class Bundle:
         for name, facts in self.facts["sources"].items():
             own = {key.removeprefix(f"{name}/"): t for key, t in self.encoders.items() if key.startswith(f"{name}/")}
             with self._reading(ENCODERS):
+                _check_tables(facts["users"], own, len(self.catalogue.titles), facts["dim"])
                 users = users_of(facts["users"], recipe_of(facts["users"]), own, str(self.directory))
                 if users.per_user != facts["vectors_per_user"]:
                     raise ValueError(f"ID model {name!r} gives {users.per_user} vectors a user")
@@ -279,9 +286,10 @@ class Bundle:
         """Names of the neighbour tables: of the parts that are nothing else."""
         facts = self.facts
         others = {"popularity", facts["model"] and facts["model"]["variant"]["name"]}
-        others |= {"id"} if facts["id_model"] in facts["sources"] else set()
+        others |= {"id"}
         names = sorted(set(facts["parts"]) - others)
         absent = [name for name in names if _table_file(name) not in self.manifest["files"]]
+        absent += ["id"] if "id" in facts["parts"] and facts["id_model"] not in facts["sources"] else []
         if absent or (names and not facts["neighbours"]):
             raise UserError(f"{self.directory / FACTS}: part {(absent or names)[0]!r} is not in this bundle", REMEDY)
         return names
@@ -332,6 +340,21 @@ class Bundle:
         catalogue = {**tables["items"], **items}
         tree = {**tables, "interactions": log, "items": catalogue}
         return validated(Prepare, tree, str(self.directory / FACTS), remedy=REMEDY)
+
+
+def _check_tables(users: Mapping[str, Any], tensors: Mapping[str, Tensor], count: int, dim: int) -> None:
+    """Refuse tables by which user vectors are made that are of another shape or type than the items' vectors."""
+    shapes: dict[str, tuple[int, ...]] = {LEFT: (count, dim)} if users["kind"] == "graph" else {}
+    if users["kind"] == "mapped":
+        other = users["inner"].get("dim") or tensors[MATRIX].shape[0]
+        shapes = {MAPPED_ITEMS: (count, other), MATRIX: (other, dim), BIAS: (dim,)}
+        inner = {name.removeprefix(INNER): tensor for name, tensor in tensors.items() if name.startswith(INNER)}
+        _check_tables(users["inner"], inner, count, other)
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
+            raise ValueError(f"tensor {name!r} is not of type float32 and shape {shape}")
+    if users.get("dim", dim) != dim:
+        raise ValueError(f"an ID model has vectors of {users['dim']} numbers, not {dim}")
 
 
 def _table_file(name: str) -> str:

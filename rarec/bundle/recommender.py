@@ -294,7 +294,7 @@ class Recommender:
         items = list(items)
         rows = [self._row_of.get(str(item)) for item in items]
         if None in rows:
-            raise UserError(f"item {items[rows.index(None)]!r} is not in {self.bundle.directory}", "leave it out")
+            raise UserError(f"item {items[rows.index(None)]!r} is not in the catalogue", "leave it out")
         return np.array(rows, np.int64)
 
     def _hidden(self, allow: Collection[Id] | None, deny: Collection[Id]) -> Rows:

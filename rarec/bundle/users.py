@@ -5,11 +5,12 @@ order of their ids. Each chunk becomes a file in a folder beside the result, wit
 these are joined. So the bytes of the result depend neither on the ranks nor on interruptions.
 """
 
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -35,12 +36,12 @@ from rarec.data.tables import read_columns
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ranking.rank import USERS_AT_A_TIME
-from rarec.storage.artefacts import read_sealed, write_sealed
+from rarec.storage.artefacts import sha256_json
 from rarec.storage.directories import discard, is_there, new_directory
 from rarec.storage.files import atomic_write, fsync, open_to_lock, sha256_file, try_lock
 
 Say = Callable[[str], None]
-NOTES, PARTS = "recommend.json", "parts"
+PARTS = "parts"
 
 
 @contextmanager
@@ -156,12 +157,12 @@ def recommend_all(
         raise UserError(f"{out} ends in none of {', '.join(WRITERS)}", "name a file that does")
     if os.path.lexists(out):
         raise is_there(out)
-    begun = out.with_name(f".{out.name}.begun")
     made_from = {"log": hash_files(find_files(log, "--log")), "columns": str(sorted(columns.items()))}
-    identity = {**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k}
+    identity = sha256_json({**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k})
+    begun = out.with_name(f".{out.name}.begun-{identity[:16]}")
     heard = say if world.is_main else lambda line: None
     with open_log(recommender.bundle, log, heard, columns) as (count, users), ExitStack() as locks:
-        world.run_on_main(lambda: locks.enter_context(_begun(begun, identity)))
+        world.run_on_main(lambda: locks.enter_context(_begun(begun, out)))
         chunks = -(-count // USERS_AT_A_TIME)
         for number in track(range(chunks), "recommending"):
             world.report("recommending")
@@ -175,31 +176,26 @@ def recommend_all(
 
 
 @contextmanager
-def _begun(begun: Path, identity: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the lock of the folder for the parts; it is made anew unless it is of the same bundle and histories."""
-    with ExitStack() as locks:
-        if begun.exists():
-            _lock(begun, locks)
-            if _identity(begun) != identity:
-                discard(begun)
-        if not begun.exists():
-            with new_directory(begun, [f"{PARTS}/"], replace=False) as temporary:
-                write_sealed(temporary / NOTES, identity)
-                (temporary / PARTS).mkdir()
-            _lock(begun, locks)
+def _begun(begun: Path, out: Path) -> Iterator[None]:
+    """Hold the lock of the folder for the parts, which is made if need be; drop those of other logs, bundles or k."""
+    for other in out.parent.glob(f".{glob.escape(out.name)}.begun*"):
+        if other != begun and other.is_dir():
+            with suppress(UserError), _locked(other):
+                discard(other)
+    if not begun.is_dir() or begun.is_symlink():
+        with new_directory(begun, [f"{PARTS}/"], replace=False):
+            pass
+    with _locked(begun):
+        (begun / PARTS).mkdir(exist_ok=True)
         yield
 
 
-def _lock(begun: Path, locks: ExitStack) -> None:
-    if not try_lock(locks.enter_context(open_to_lock(begun))):
-        raise UserError(f"another process writes to {begun}", "wait for it, or name another file: --out")
-
-
-def _identity(begun: Path) -> dict[str, Any] | None:
-    try:
-        return read_sealed(begun / NOTES, "")
-    except UserError:
-        return None
+@contextmanager
+def _locked(begun: Path) -> Iterator[None]:
+    with open_to_lock(begun) as handle:
+        if not try_lock(handle):
+            raise UserError(f"another process writes to {begun}", "wait for it, or name another file: --out")
+        yield
 
 
 def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int) -> pa.Table:

@@ -217,7 +217,8 @@ def write_version(
             if name in changed:
                 changed[name](temporary / name)
         made_from = {**manifest["made_from"], "bundle": manifest["hash"]}
-        versions = [*manifest.get("versions", []), {**what, "of": manifest["hash"]}]
+        known = manifest.get("versions")
+        versions = [*(known if isinstance(known, list) else []), {**what, "of": manifest["hash"]}]
         figures = {name: manifest[name] for name in FIGURES if name in manifest}
         settings = manifest["settings"]
         write_manifest(temporary, "bundle", settings=settings, made_from=made_from, **figures, versions=versions)

@@ -32,7 +32,7 @@ ITEMS_FILE = "items.npy"
 MODEL_FILE = "model.safetensors"
 USERS, LEFT = "users", "left"
 """Names of the tables of `UserTable` and `GraphUsers`; their files are `NAME.npy`."""
-MAPPED_ITEMS, _MATRIX, _BIAS, _INNER = "items", "matrix", "bias", "inner."
+MAPPED_ITEMS, MATRIX, BIAS, INNER = "items", "matrix", "bias", "inner."
 """Names of the tensors of `MappedUsers`; those of the other model's user vectors begin with the last."""
 KINDS_OF_USERS = (*RECIPES, "mapped", "rule", "table", "graph")
 """Ways to make user vectors that come with rarec; any other name is of an ID model of the user's own."""
@@ -198,8 +198,8 @@ class MappedUsers(UserVectors):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The map, and what the other model is made by."""
-        own = {MAPPED_ITEMS: self.items_NS, _MATRIX: self.matrix_SE, _BIAS: self.bias_E}
-        inner = {_INNER + name: tensor for name, tensor in self.inner.tensors.items()}
+        own = {MAPPED_ITEMS: self.items_NS, MATRIX: self.matrix_SE, BIAS: self.bias_E}
+        inner = {INNER + name: tensor for name, tensor in self.inner.tensors.items()}
         return {**{name: torch.from_numpy(np.array(array)) for name, array in own.items()}, **inner}
 
     def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
@@ -339,8 +339,8 @@ def users_of(
     fields = {name: value for name, value in settings.items() if name != "kind"}
     match kind:
         case "mapped":
-            inner = {name.removeprefix(_INNER): tensor for name, tensor in tensors.items() if name.startswith(_INNER)}
-            tables = (tensors[name].numpy() for name in (MAPPED_ITEMS, _MATRIX, _BIAS))
+            inner = {name.removeprefix(INNER): tensor for name, tensor in tensors.items() if name.startswith(INNER)}
+            tables = (tensors[name].numpy() for name in (MAPPED_ITEMS, MATRIX, BIAS))
             return MappedUsers(users_of(settings["inner"], recipe, inner, where), *tables)
         case "rule":
             return HistoryRule.of(**fields)

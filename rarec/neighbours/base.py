@@ -32,6 +32,8 @@ Rows = npt.NDArray[np.integer]
 Float32 = npt.NDArray[np.float32]
 
 TABLE = "neighbours.parquet"
+LARGEST = 1e12
+"""Score that is taken from a file: sums of larger ones might overflow."""
 ROWS = 1 << 20
 """Rows read at a time."""
 _COLUMNS = {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}
@@ -177,8 +179,8 @@ def read_table(path: Path | pa.BufferReader, n_items: int, scratch: Scratch = IN
         for rows, near, scores in _parts(file):
             if min(rows.min(), near.min()) < 0 or max(rows.max(), near.max()) >= n_items:
                 raise ValueError("an item is not in the catalogue")
-            if not np.isfinite(scores).all() or scores.min() <= 0:
-                raise ValueError("a score is not above 0")
+            if not ((scores > 0) & (scores <= LARGEST)).all():
+                raise ValueError(f"a score is not above 0, or above {LARGEST:g}")
             items, counts = np.unique(rows, return_counts=True)
             starts_N[items + 1] += counts
         starts_N = starts_N.cumsum()

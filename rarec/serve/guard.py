@@ -12,9 +12,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rarec.console.inert import inert
 from rarec.errors import UserError
-from rarec.serve.settings import LOOPBACK, ServeSettings
+from rarec.serve.settings import LOOPBACK, ServeSettings, host_name
 
 OPEN = ("/health", "/ready", "/", "/page.js", "/page.css")
 """Paths that need no token: they tell nothing of a bundle's items."""
@@ -117,7 +117,9 @@ class Guard:
         tokens = self._current.tokens
         client = (scope.get("client") or ("",))[0]
         if not _is_own_host(headers.get("host", ""), (scope.get("server") or ("",))[0], settings.hosts):
-            remedy = "reach it by one of its names, or add this one to `hosts` in the settings"
+            remedy = (
+                "use one of its names, or allow this one: rarec serve --allow-host NAME, or `hosts` in the settings"
+            )
             return problem(421, "this is no name of the service", remedy)
         if tokens is not None and scope["path"] not in OPEN:
             kind, _, token = headers.get("authorization", "").partition(" ")
@@ -168,12 +170,15 @@ def _is_own_host(given: str, address: str, hosts: Sequence[str] | None) -> bool:
         address: where the request arrived.
         hosts: of the settings.
     """
-    try:
-        name = urlsplit(f"//{given}").hostname
-    except ValueError:
-        return False
-    allowed = hosts if hosts is not None else LOOPBACK if address in LOOPBACK else ["*"]
-    return not given or "*" in allowed or name in allowed
+    allowed = hosts if hosts is not None else LOOPBACK if _is_loopback(address) else ["*"]
+    return not given or "*" in allowed or host_name(given) in allowed
+
+
+def _is_loopback(address: str) -> bool:
+    with suppress(ValueError):
+        own = ip_address(address)
+        return (getattr(own, "ipv4_mapped", None) or own).is_loopback
+    return address in LOOPBACK
 
 
 class Rates:

@@ -114,8 +114,8 @@ class Patient(H11Protocol):
         self.loop.call_later(PATIENCE, self._lose_patience, self.cycle)
 
     def _lose_patience(self, last: RequestResponseCycle | None) -> None:
-        if self.cycle is last and not self.transport.is_closing():
-            self.transport.close()
+        if self.cycle is last:
+            self.transport.abort()  # `close` would wait for a client that reads nothing
 
 
 class _Events(logging.Handler):

@@ -1,10 +1,11 @@
 """The settings of a service: `rarec serve --settings serve.yaml`, or one bundle and defaults."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rarec.config.load import read_tree, validated
 from rarec.config.section import Device, Location, Positive, Section
@@ -18,6 +19,21 @@ DEFAULT = "default"
 """Name of a bundle that is served alone."""
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+def host_name(given: str) -> str:
+    """Return the name in a header `Host`, without its port; "" if it is none."""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+?))\.?(?::\d{1,5})?", given.lower())
+    return match[1] or match[2] if match else ""
+
+
+def _check_host(given: str) -> str:
+    if given != "*" and host_name(given) != given:
+        raise ValueError("write a name in lower case without a port, or an address without brackets")
+    return given
+
+
+Host = Annotated[str, AfterValidator(_check_host)]
 
 
 class ServedBundle(Section):
@@ -63,7 +79,7 @@ class ServeSettings(Section):
     """Seconds until an answer; after them 503."""
     body_timeout: Seconds = 5.0
     """Seconds in which a request must have arrived."""
-    hosts: Annotated[list[str], Field(max_length=100)] | None = None
+    hosts: Annotated[list[Host], Field(max_length=100)] | None = None
     """Names by which it may be reached (the header `Host`, without a port); `*` allows any. By default, at an address
     that others reach, any; at 127.0.0.1 `localhost` and its addresses: else a web page could read the catalogue under a
     name of its own."""

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rarec.errors import UserError
@@ -120,7 +120,8 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         if not isinstance(value, dict) or not (field == "settings" or set(map(type, value.values())) <= {str}):
             raise UserError(f"{path}: field `{field}` is malformed", rebuild(kind))
     for name in manifest["files"]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        path_of = PurePosixPath(name)
+        if path_of.is_absolute() or str(path_of) != name or "\\" in name or any(n[0] == "." for n in path_of.parts):
             raise UserError(f"{path} names a file outside of its folder: {name!r}", rebuild(kind))
     if manifest.get("hash") != sha256_json({name: manifest[name] for name in _IDENTITY}):
         raise UserError(f"{path}: its `hash` is not that of its content", rebuild(kind))

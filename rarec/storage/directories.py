@@ -116,8 +116,9 @@ def discard(path: Path) -> None:
     """Delete a directory that rarec has made; leave it if it holds anything else, or does not exist."""
     if path.is_dir() and foreign(path) is None:
         remove_stale(path.parent, path.name)
-        path.rename(_replaced(path))  # at once: half a directory would look damaged
-        shutil.rmtree(_replaced(path), ignore_errors=True)
+        gone = temporary_path(path, "gone")  # at once: half a directory would look damaged
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def sync_directory(directory: Path) -> None:
