@@ -29,8 +29,8 @@ class Client:
     def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx") -> None:
         self.folder = Path(folder)
         self.files = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name in ("rarec_client.py", "rarec_scores.py"):
-            self._checked(name)
+        if "rarec_scores.py" in self.files:  # earlier exports have none
+            self._checked("rarec_scores.py")
         self.threads = threads
         self.graph = self._session(graph)
         self.facts = json.loads(Path(self._checked("client.json")).read_text(encoding="utf-8"))
