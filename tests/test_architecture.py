@@ -77,6 +77,7 @@ def test_a_history_passes_the_files_of_the_page_to_its_top_k(recommender):
     recommender.recommend([history])  # the first list loads the model
     files = traced(lambda: recommender.recommend([history], k=5))
     own = {"models/slots.py", "prompts/hybrid.py"}  # the page has them in a training step
+    assert {"bundle/recommender.py", "ranking/rank.py"} <= files
     assert files - listed("From a log") <= own
     assert len(files) <= 15
 
@@ -91,5 +92,6 @@ def test_a_step_passes_the_files_of_the_page(decoder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_step", traced_step)
     open_run(decoder, [copied(decoder, tmp_path / "run"), "train.stream.workers=0", "train.max_steps=2"]).run(["train"])
+    assert {"training/loop.py", "models/losses.py"} <= files
     assert files - listed("A training step") == set()
     assert len(files) <= 17

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from rarec.config.schema import Interactions
 from rarec.data.engines import PrepareEngine
-from rarec.data.engines.table_files import check_gzip, find_files
+from rarec.data.engines.table_checks import check_gzip
+from rarec.data.engines.table_files import find_files
 from rarec.data.preparation.inputs import check_order, read_log, table_location
 from rarec.errors import UserError
 

@@ -153,22 +153,19 @@ class Bundle:
             raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", REMEDY)
         own = {FACTS, ITEMS, VECTORS, ENCODERS, *bundle.weights, *map(_table_file, bundle.tables)}
         check_files(directory, bundle.manifest, REMEDY, names=sorted(set(files) - own))
-        unlisted = [path for path in (directory / LLM).rglob("*") if not path.is_dir() and not bundle.names(path)]
-        if unlisted and bundle.llm:
-            raise UserError(f"{unlisted[0]} is not in {directory / MANIFEST}", "move it away")
+        inside = (path for path in (bundle.llm.rglob("*") if bundle.llm else ()) if not path.is_dir())
+        unlisted = next((path for path in inside if path.relative_to(directory).as_posix() not in files), None)
+        if unlisted:  # the language model's library would read it
+            raise UserError(f"{unlisted} is not in {directory / MANIFEST}", "move it away")
         bundle._check_vectors()
         # each is read and checked now, and kept
         _ = bundle.sources, bundle.near, bundle.prepare(), bundle.facts["model"] and bundle.config
         return bundle
 
-    def names(self, path: Path) -> bool:
-        """Return whether the manifest names a file in the folder."""
-        return path.relative_to(self.directory).as_posix() in self.manifest["files"]
-
     @property
     def llm(self) -> Path | None:
         """The folder of the language model, if the bundle was exported with it."""
-        inside = any(Path(name).parent.name == LLM for name in self.manifest["files"])
+        inside = any(name.startswith(f"{LLM}/") for name in self.manifest["files"])
         return self.directory / LLM if inside else None
 
     def read(self, name: str) -> bytes:
@@ -224,7 +221,7 @@ class Bundle:
         return facts
 
     def _check_vectors(self) -> None:
-        """Refuse vectors that are missing, not finite, or of another size or type."""
+        """Refuse vectors that are missing, too large, of another size or type, or of nothing in the bundle."""
         count = len(self.catalogue.titles)
         facts = self.facts
         dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
@@ -233,7 +230,7 @@ class Bundle:
             table = self.vectors.get(name, np.empty(0))
             fits = name in dims and table.ndim == 2 and table.size and len(table) == count
             if not fits or table.shape[1] != (dims[name] or table.shape[1]) or np.abs(table).max() > LARGEST:
-                wanted = f"vectors of type float32 ({count}, {dims.get(name) or 'any'}) of usual size"
+                wanted = f"vectors of type float32 ({count}, {dims.get(name) or 'any'}), of numbers up to {LARGEST:g}"
                 raise UserError(f"{self.directory / VECTORS}: table {name!r} does not hold {wanted}", REMEDY)
 
     @cached_property
@@ -285,8 +282,7 @@ class Bundle:
     def tables(self) -> list[str]:
         """Names of the neighbour tables: of the parts that are nothing else."""
         facts = self.facts
-        others = {"popularity", facts["model"] and facts["model"]["variant"]["name"]}
-        others |= {"id"}
+        others = {"popularity", "id", facts["model"] and facts["model"]["variant"]["name"]}
         names = sorted(set(facts["parts"]) - others)
         absent = [name for name in names if _table_file(name) not in self.manifest["files"]]
         absent += ["id"] if "id" in facts["parts"] and facts["id_model"] not in facts["sources"] else []

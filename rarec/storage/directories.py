@@ -48,12 +48,12 @@ def new_directory(path: Path, claims: Iterable[str] = (), *, replace: bool = Tru
     Raises:
         UserError: there is something at `path` that rarec has not made, or a file on the way to it.
     """
+    restore_replaced(path)
     if replace:
         refuse_foreign(path)
     elif os.path.lexists(path):
         raise is_there(path)
     make_directory(path.parent)
-    restore_replaced(path)
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
     try:

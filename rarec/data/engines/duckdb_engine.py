@@ -16,10 +16,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 
-from rarec.data.engines.table_files import (
-    DELIMITED,
-    NAMED,
-    TableLocation,
+from rarec.data.engines.table_checks import (
     check_columns,
     check_gzip,
     check_line_ends,
@@ -27,6 +24,7 @@ from rarec.data.engines.table_files import (
     check_types,
     read_header,
 )
+from rarec.data.engines.table_files import DELIMITED, NAMED, TableLocation
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.storage.files import make_directory

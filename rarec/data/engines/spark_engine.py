@@ -19,14 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.data.engines.duckdb_engine import DuckDBEngine
-from rarec.data.engines.table_files import (
-    NAMED,
-    TableLocation,
-    check_columns,
-    check_parquet,
-    check_types,
-    open_file_system,
-)
+from rarec.data.engines.table_checks import check_columns, check_parquet, check_types
+from rarec.data.engines.table_files import NAMED, TableLocation, open_file_system
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 
