@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,21 @@ def test_what_a_killed_writer_left_is_dropped_and_what_a_living_one_writes_stays
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == (tmp_path / "d" / "file").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.aside-1", ".notes", "a", "d"]
+
+
+def write_often(directory, number):
+    for _ in range(100):
+        write_text(directory / "a", str(number))
+
+
+@pytest.mark.usefixtures("locks")
+def test_writers_of_one_name_at_once_remove_nothing_of_each_other(tmp_path):
+    with multiprocessing.get_context("fork").Pool(4) as pool, ThreadPool(4) as threads:
+        written = [some.starmap_async(write_often, [(tmp_path, n) for n in range(4)]) for some in (pool, threads)]
+        for some in written:
+            some.get(60)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() in "0123"
 
 
 def test_what_another_user_left_fails_no_write(tmp_path):

@@ -179,6 +179,7 @@ HARMS = {
     "pickle": (a_pickle, "alignment.safetensors"),
     "path out": (listed("../outside"), "../outside"),
     "absolute path": (listed("/etc/passwd"), "/etc/passwd"),
+    "LoRA beyond all memory": (model(lambda fields: fields["settings"]["lora"].update(rank=50_000)), "lora.rank"),
     "newer schema": (facts(schema=99), "`schema`"),
     "no schema": (facts(schema=None), "`schema`"),
     "other kind": (manifest(kind="shards"), "shards"),

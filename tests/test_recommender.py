@@ -286,10 +286,17 @@ def test_code_of_the_users_own_is_not_imported_unasked(copied):
     facts = read_json(copied / FACTS)
     facts["model"]["settings"]["alignment"]["map"] = "no_such_package:Map"
     sealed(copied, model=facts["model"])
-    with pytest.raises(UserError, match=r"no_such_package:Map.*\n.*trusted"):
+    with pytest.raises(UserError, match=r"no_such_package:Map.*\n.*--trust no_such_package:Map.*trusted"):
         rarec.load(copied)
     with pytest.raises(UserError, match="cannot import no_such_package"):
         rarec.load(copied, trusted=["no_such_package:Map"])
+
+
+def test_who_opens_a_bundle_runs_no_compiler(copied):
+    facts = read_json(copied / FACTS)
+    facts["model"]["settings"]["llm"]["compile"] = True
+    sealed(copied, model=facts["model"])
+    assert not rarec.load(copied).bundle.config.llm.compile
 
 
 def test_settings_that_say_nothing_of_the_model_are_not_read(copied, tmp_path, monkeypatch):

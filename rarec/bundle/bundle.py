@@ -217,7 +217,7 @@ class Bundle:
         for name in named:
             if self.trusted is not None and name not in self.trusted:
                 problem = f"{self.directory} needs {name}, which is used only if it is named"
-                raise UserError(problem, f"name it, if you trust it: rarec.load(..., trusted=[{name!r}])")
+                raise UserError(problem, f"name it, if you trust it: --trust {name}, or rarec.load(..., trusted=[{name!r}])")
         return facts
 
     def _check_vectors(self) -> None:
@@ -320,6 +320,7 @@ class Bundle:
         # nothing but these: other sections may name code, which would be imported
         settings = {name: model["settings"][name] for name in MODEL_SECTIONS if name in model["settings"]}
         settings["train"] = {"blocks": settings["train"]["blocks"]}
+        settings["llm"] = {**settings["llm"], "compile": False}  # who opens a bundle has not chosen to run a compiler
         tree = {"run": run, "prepare": prepare, **settings}
         return validated(RunConfig, tree, str(self.directory / FACTS), remedy=REMEDY)
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from rarec.config.registry import check, find
 from rarec.config.section import Count, Location, NonNegativeFew, Part, Positive, Section, Temperature, Weight
@@ -92,7 +92,7 @@ class Alignment(Section):
 class Lora(Section):
     """Low-rank adapters on the language model, trained with the alignment and saved apart from it."""
 
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=4_096)] = 16
     """Rank of the adapters."""
     alpha: Positive = 32
     """Scale of the adapters: their output is multiplied by alpha / rank."""

@@ -5,7 +5,6 @@ else, is the user's: it is neither replaced nor deleted.
 """
 
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -17,11 +16,10 @@ from pathlib import Path
 
 from rarec.errors import UserError
 from rarec.storage.files import (
-    creating,
     fsync,
     is_temporary,
     make_directory,
-    open_to_lock,
+    make_locked,
     read_json,
     remove_stale,
     temporary_path,
@@ -57,10 +55,7 @@ def new_directory(path: Path, claims: Iterable[str] = (), *, replace: bool = Tru
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
     try:
-        with creating(path.parent):
-            temporary.mkdir()  # in here, since Ctrl-C may come at once
-        with open_to_lock(temporary) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with make_locked(temporary, directory=True):  # in here, since Ctrl-C may come at once
             yield temporary
             files = (entry.relative_to(temporary).as_posix() for entry in temporary.rglob("*") if not entry.is_dir())
             _mark(temporary, {*claims, *files})

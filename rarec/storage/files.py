@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import BufferedReader
@@ -93,10 +94,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
     try:
-        with creating(path.parent):
-            file = temporary.open("wb")
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with make_locked(temporary) as handle, open(handle, "wb", closefd=False) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -112,14 +110,35 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     fsync(path.parent)
 
 
+@contextmanager
+def make_locked(path: Path, *, directory: bool = False) -> Iterator[int]:
+    """Make a temporary file or directory and hold its lock, by which `remove_stale` knows that it is being written.
+
+    It is made again where another process found and removed it in the instant before it was locked.
+    """
+    while True:
+        with creating(path.parent):
+            path.mkdir() if directory else path.touch()
+        with suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDONLY if directory else os.O_RDWR | os.O_TRUNC)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if path.exists():
+                break
+            os.close(handle)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
 def temporary_path(path: Path, tag: str = "") -> Path:
     """Return a hidden path beside `path`, with a name that nothing but rarec gives to a file.
 
     Args:
         path: of the file or directory.
-        tag: names the purpose; by default this process, which is writing `path`.
+        tag: names the purpose; by default this thread, which is writing `path`.
     """
-    tag = tag or str(os.getpid())
+    tag = tag or f"{os.getpid()}_{threading.get_ident()}"
     return path.with_name(f".{path.name}.aside-{tag}-{_check_digits(path.name, tag)}")
 
 
