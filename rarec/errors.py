@@ -26,10 +26,10 @@ _USER = re.compile(rf"(:/{{1,2}}[^\s/?#:\[]*:)(?!{re.escape(HIDDEN)}@)(?:(?!{_PO
 """A URL's user and password: up to the last `@`, since a password may hold spaces, quotes, `@`, `/` and `#`."""
 _LONE_TOKEN = re.compile(rf"(?i)(https?:/{{1,2}})(?!{re.escape(HIDDEN)}@)[^\s/?#@:]+@(?!\S+:{re.escape(HIDDEN)}@)")
 _OPTION = re.compile(
-    rf"(?i)(?<![\w.-])({_SECRET}['\"]?\s*[=:]\s*)"
+    rf"(?i)(?<![\w.-])(?!token: \[)({_SECRET}['\"]?\s*[=:]\s*)"
     rf"(?:{_QUOTED_VALUE}|(?:(?:Bearer|Basic)\s+)?[^\s&;]*[^\s&;,:'\"`)\]}}])"
 )
-"""A secret in a message, of which nothing says where it ends but a space or a sign."""
+"""A secret in a message, of which nothing says where it ends but a space or a sign; `token: [CLS]` is none."""
 _WHOLE_USER = re.compile(rf"(?s)(:/{{1,2}}[^/?#:\[]*:)(?!{re.escape(HIDDEN)}@).+@")
 _WHOLE_OPTION = re.compile(rf"(?is)(?<![\w.-])({_SECRET}\s*=\s*)(?:{_QUOTED_VALUE})?.*?(?=[&;]|#[\w-]+=|\s+\w+\s*=|$)")
 _CONNECTION = re.compile(r"(?s).*://|[\w ]+=")

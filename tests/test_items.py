@@ -11,6 +11,8 @@ import pytest
 
 import rarec
 from rarec import cli_bundle
+from rarec.bundle.bundle import Bundle
+from rarec.bundle.items import remove_items
 from rarec.bundle.write import next_version
 from rarec.errors import UserError
 from tests.recommending import exported, with_items, without_items
@@ -149,6 +151,16 @@ def test_a_folder_that_is_there_is_never_replaced(bundle, tmp_path):
     with pytest.raises(UserError, match="mine"):
         without_items(bundle, rarec.load(bundle).items[:1], tmp_path / "mine")
     assert not any((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.parametrize("gone", ["README.md", ""])
+def test_a_bundle_that_is_removed_while_a_version_is_written_is_named(bundle, gone):
+    opened = Bundle.open(bundle)
+    shutil.move(bundle / gone, bundle.parent / "elsewhere")
+    with pytest.raises(UserError, match=f"{bundle}.* was removed") as error:
+        remove_items(opened, [opened.catalogue.ids[0].as_py()])
+    assert error.value.remedy
+    assert {path.name for path in bundle.parent.iterdir()} <= {bundle.name, "elsewhere"}
 
 
 def test_two_writers_at_once_lose_nothing(bundle, tmp_path):

@@ -97,7 +97,7 @@ def test_a_secret_of_no_configuration_is_in_no_message_either(value):
     ["s3://bucket/x?versionId=3", "postgres://me@host:5432/shop", "https://host:8000/a/b.csv?x=1&page=2#top", "C:\\x",
      "http://[::1]:8000/x", "logs/me@host/*.csv", "https://host/a@b/c.csv", "package:rarec/examples/log.csv", "duckdb",
      "s3://bucket/day=1/passwords/token.csv", "max_tokens=5 design=4", "duckdb:///a/b.db", "see https://host: mail a@b",
-     "http://host:8000 is refused: mail me@host"],
+     "http://host:8000 is refused: mail me@host", "the tokenizer has no token: [CLS], [SEP]"],
 )  # fmt: skip
 def test_what_is_no_secret_stays_as_it_is(text):
     assert redacted(text) == text

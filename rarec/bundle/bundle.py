@@ -15,7 +15,8 @@ Shape letters: N catalogue, Z size of a scored vector, E source dimension.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,6 +184,21 @@ class Bundle:
             raise UserError(f"{path} was altered", REMEDY)
         return data
 
+    def copy(self, names: Iterable[str], to: Path) -> None:
+        """Copy files, which must be as they were when the bundle was opened.
+
+        Raises:
+            UserError: one is gone, or was altered since.
+        """
+        names = list(names)
+        for name in names:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(self.directory / name, to / name)
+            except FileNotFoundError:
+                raise UserError(f"{self.directory / name} was removed meanwhile", REMEDY) from None
+        check_files(to, self.manifest, REMEDY, names=names)
+
     @contextmanager
     def _reading(self, name: str) -> Iterator[None]:
         """Name the file and the remedy where it cannot be read, or does not hold what it should."""
@@ -217,7 +233,8 @@ class Bundle:
         for name in named:
             if self.trusted is not None and name not in self.trusted:
                 problem = f"{self.directory} needs {name}, which is used only if it is named"
-                raise UserError(problem, f"name it, if you trust it: --trust {name}, or rarec.load(..., trusted=[{name!r}])")
+                remedy = f"if you trust it: --trust {name}, or rarec.load(..., trusted=[{name!r}])"
+                raise UserError(problem, remedy)
         return facts
 
     def _check_vectors(self) -> None:

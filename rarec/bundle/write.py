@@ -25,6 +25,7 @@ from rarec.bundle.facts import SCHEMA
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.neighbours import built_in
 from rarec.data.tables import write_rows
+from rarec.errors import UserError
 from rarec.evaluation.results import (
     FULL,
     figure,
@@ -40,7 +41,7 @@ from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
 from rarec.neighbours.base import SCHEMA as ROWS
 from rarec.neighbours.base import TABLE
-from rarec.storage.artefacts import check_files, write_manifest
+from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory
 from rarec.storage.files import open_to_lock, write_json, write_text
 
@@ -193,7 +194,7 @@ def write_version(
         facts: contents of `recommender.json`, if they change.
 
     Raises:
-        UserError: the folder is there already.
+        UserError: the folder is there already; a file of the old version was removed or altered since it was opened.
     """
     changed: dict[str, Callable[[Path], object]] = {
         VECTORS: partial(save_tensors, vectors),
@@ -204,18 +205,16 @@ def write_version(
     }
     manifest = bundle.manifest
     kept = [name for name in manifest["files"] if name not in changed]
+    if not bundle.directory.is_dir():
+        raise UserError(f"{bundle.directory} was removed meanwhile", "restore it, or export it again")
     with open_to_lock(bundle.directory) as handle, ExitStack() as stack:
         fcntl.flock(handle, fcntl.LOCK_EX)  # two writers would choose the same name
         directory = directory or next_version(bundle.directory)
         temporary = stack.enter_context(new_directory(directory, replace=False))
-        for name in manifest["files"]:
+        bundle.copy(kept, temporary)
+        for name in sorted(set(manifest["files"]) & set(changed)):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        for name in kept:
-            shutil.copyfile(bundle.directory / name, temporary / name)
-        check_files(temporary, manifest, names=kept)  # as they were when the bundle was opened
-        for name in manifest["files"]:
-            if name in changed:
-                changed[name](temporary / name)
+            changed[name](temporary / name)
         made_from = {**manifest["made_from"], "bundle": manifest["hash"]}
         known = manifest.get("versions")
         versions = [*(known if isinstance(known, list) else []), {**what, "of": manifest["hash"]}]

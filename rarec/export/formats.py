@@ -5,7 +5,6 @@
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,14 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
-from rarec.bundle.bundle import TABLES, Bundle
+from rarec.bundle.bundle import TABLES
 from rarec.bundle.parts import DenseForm, Parts, sample_histories
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target, raise_if_far
 from rarec.models.backbone import FrozenBackbone
 from rarec.neighbours.base import SCHEMA, pairs_of
-from rarec.storage.artefacts import MANIFEST
+from rarec.storage.artefacts import MANIFEST, write_sealed
 from rarec.storage.files import read_json, write_json
 
 ITEMS, FACTS, INDEX = "items.parquet", "client.json", "index.faiss"
@@ -183,10 +182,8 @@ class Hub(Target):
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
         bundle = parts.bundle
-        for name in (*bundle.manifest["files"], MANIFEST):
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.directory / name, directory / name)
-        Bundle.open(directory, bundle.trusted)
+        bundle.copy(bundle.manifest["files"], directory)
+        write_sealed(directory / MANIFEST, bundle.manifest)
         return {}
 
     def publish(self, directory: Path) -> str:
