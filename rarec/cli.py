@@ -115,18 +115,23 @@ def export(
     fresh: Fresh = False,
     with_llm: Annotated[bool, typer.Option("--with-llm", help="Put the language model into the bundle.")] = False,
     to: Annotated[list[str] | None, typer.Option(help="Of a bundle: vectors, faiss, onnx, vllm, peft or hub.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --to: folder to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write: of --to, or of a further bundle.")] = None,
     index: Annotated[str | None, typer.Option(help="With --to faiss: flat (default), hnsw, ivf or sqfp16.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="With --index hnsw or ivf: how much a search looks at.")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="With --to onnx: in 8-bit integers as well.")] = False,
     push: Annotated[str | None, typer.Option(help="With --to hub: upload to NAME/REPOSITORY.")] = None,
     llm: LanguageModel = None,
     trust: Trust = None,
 ) -> None:
     """Write the bundle, or a bundle in other forms."""
-    options = {name: value for name, value in {"index": index, "int8": int8, "push": push}.items() if value}
+    given = {"index": index, "depth": depth, "int8": int8, "push": push}
+    options = {name: value for name, value in given.items() if value}
     if not to:
-        _refuse_given("needs --to", out=out, **options, llm=llm, trust=trust)
-        run_stage("export", config, [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])], fresh)
+        _refuse_given("needs --to", **options, llm=llm, trust=trust)
+        words = [*(overrides or []), *(["export.with_llm=true"] if with_llm else [])]
+        run_stage("export", config, words, fresh, str(out.absolute()) if out else None)
         return
     _refuse_given("cannot be used with --to", overrides=overrides, fresh=fresh, with_llm=with_llm)
     if out is None:

@@ -92,13 +92,19 @@ def open_run(config: Path | str, overrides: Iterable[str] | None = None) -> "Run
     return run
 
 
-def run_stage(name: str, config: Path | str, overrides: Iterable[str] | None = None, fresh: bool = False) -> "Run":
-    """Run one stage on this rank, which watches over the others; return the run."""
+def run_stage(
+    name: str,
+    config: Path | str,
+    overrides: Iterable[str] | None = None,
+    fresh: bool = False,
+    part: str | None = None,
+) -> "Run":
+    """Run one stage, or one part of it, on this rank, which watches over the others; return the run."""
     from rarec.distributed.watchdog import watched
 
     run = open_run(config, overrides)
     with watched(run.world):
-        run.make(name, fresh=fresh)
+        run.make(name, part, fresh=fresh)
     return run
 
 

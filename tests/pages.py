@@ -103,8 +103,8 @@ def mine() -> dict[str, object]:
     return tree
 
 
-def shell(command: str, directory: Path, quick: bool = False, timeout: float = 600) -> None:
-    """Run a command of a page as a reader would, and fail with what it said.
+def shell(command: str, directory: Path, quick: bool = False, timeout: float = 600) -> str:
+    """Run a command of a page as a reader would; return what it printed, and fail with all that it said.
 
     Args:
         command: as on the page.
@@ -114,10 +114,11 @@ def shell(command: str, directory: Path, quick: bool = False, timeout: float = 6
     """
     if quick and command.startswith("rarec ") and not set("|&;<>$`") & set(command):
         outcome = run_command(Command(shlex.split(command)[1:], str(directory), timeout=timeout))
-        code, said = outcome.code, outcome.stdout + outcome.stderr
+        code, printed, said = outcome.code, outcome.stdout, outcome.stdout + outcome.stderr
     else:
         environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
         words = ["bash", "-c", command]
         result = subprocess.run(words, cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout)
-        code, said = result.returncode, result.stdout + result.stderr
+        code, printed, said = result.returncode, result.stdout, result.stdout + result.stderr
     assert code == 0, f"{command}\n{said}"
+    return printed

@@ -203,7 +203,7 @@ def test_reading_a_run_writes_nothing_into_it(finished, capsys):
     "options",
     [
         ["mine.yaml", "--push", "me/mine"],
-        ["mine.yaml", "--out", "there"],
+        ["mine.yaml", "--out", "there", "--depth", "3"],
         ["bundle", "run.seed=3", "--to", "vectors", "--out", "there"],
         ["bundle", "--fresh", "--to", "vectors", "--out", "there"],
     ],

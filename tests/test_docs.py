@@ -7,11 +7,15 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -20,7 +24,9 @@ from rarec.cli import app
 from rarec.config import RunConfig
 from rarec.config.load import validated
 from rarec.stages import STAGES
+from tests.engines import needs_spark
 from tests.pages import DOCS, ROOT, blocks, lines, make_place, mine, pages, prose, runnable, shell, write_files
+from tests.serving import service
 from tools.make_config_reference import PAGE, reference, section_of
 
 NAMES = [page.relative_to(ROOT).as_posix() for page in pages()]
@@ -169,16 +175,65 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert (tmp_path / "site" / "index.html").exists()
 
 
-@pytest.mark.slow
-def test_commands_run_in_the_order_of_the_pages(place):
+def test_the_page_on_vllm_installs_what_its_tests_run_with():
+    recipe = (ROOT / "Makefile").read_text().split("\n.venv-vllm/done:")[1].split("\n\n")[0]
+    (package,) = re.findall(r"^VLLM := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    recipe = recipe.replace("--quiet ", "").replace("$(VLLM)", package)
+    ours, page = (re.findall(r" -m pip (.*)", text) for text in (recipe, "\n".join(lines(DOCS / "vllm.md", "sh"))))
+    assert ours == page != []
+
+
+@pytest.fixture(scope="module")
+def ran(place: Path) -> Path:
+    """The place after the commands of the pages, in their order."""
     for page in ("training", "serving", "vector_databases", "distributed", "sweeps", "data"):
         for command in runnable(DOCS / f"{page}.md"):
             shell(command, place, quick=True)
-    assert (place / "runs" / "mine" / "bundle-3" / "recommender.json").exists()
+    return place
+
+
+@pytest.mark.slow
+def test_commands_and_python_lines_run_in_the_order_of_the_pages(ran):
+    assert (ran / "runs" / "mine" / "bundle-3" / "recommender.json").exists()
     python = [text for text in blocks(DOCS / "serving.md", "python") if not text.startswith("#")]
     first, last, *databases = blocks(DOCS / "vector_databases.md", "python")
     same = "assert [one.item for one in top] == [one.item for one in recommender.recommend([history], k=10)[0]]"
     python += [first, *(f"{database}\n{last}\n{same}" for database in databases)]
-    (place / "page.py").write_text("\n".join(python))
-    shell("python page.py", place)
+    (ran / "page.py").write_text("\n".join(python))
+    shell("python page.py", ran)
     assert len(databases) == 3
+
+
+@pytest.mark.slow
+def test_the_services_of_the_page_answer(ran, monkeypatch):
+    """Each line of `rarec serve`, and the settings that one of them names."""
+    monkeypatch.chdir(ran)
+    (settings,) = [text for text in blocks(DOCS / "serving.md", "yaml") if text.startswith("# serve.yaml")]
+    Path("serve.yaml").write_text(settings)
+    Path("tokens.txt").write_text("a-token-of-the-test\n")
+    for bundle in yaml.safe_load(settings)["bundles"].values():
+        Path(bundle["path"]).parent.mkdir(exist_ok=True)
+        Path(bundle["path"]).symlink_to(ran / "runs" / "mine" / "bundle")
+    commands = [shlex.split(line)[2:] for line in lines(DOCS / "serving.md", "sh") if line.startswith("rarec serve")]
+    assert [words for words in commands if "onnx" in words]
+    for words in commands:
+        with service(*words) as started:
+            while httpx.get(f"{started.url}/ready", timeout=60).status_code != 200:  # of a service with workers
+                time.sleep(0.2)
+            header = {"Authorization": "Bearer a-token-of-the-test"}
+            body = {"histories": [["i001", "i007"]]}
+            answer = httpx.post(f"{started.url}/v1/recommend", json=body, headers=header, timeout=60)
+        assert len(answer.json()["results"][0]["items"]) == 10, words
+
+
+@needs_spark
+@pytest.mark.slow
+def test_the_job_of_the_page_runs_on_spark(ran):
+    """Whatever Python is first in the path of the workers."""
+    files = write_files(DOCS / "serving.md", ran)
+    users = pa.table({"user": ["u1", "u2"], "items": [["i001", "i007"], []]})
+    pq.write_table(users, ran / "histories.parquet")
+    (job,) = files
+    shell(f"{sys.executable} {job}", ran)
+    top = pq.read_table(ran / "top").to_pandas()
+    assert top.groupby("user")["rank"].apply(list).to_dict() == {"u1": list(range(1, 11)), "u2": list(range(1, 11))}

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -14,13 +15,15 @@ from huggingface_hub.errors import HFValidationError
 
 import rarec
 from rarec.bundle.bundle import Bundle
-from rarec.bundle.parts import Parts, sample_histories
+from rarec.bundle.parts import DenseForm, Parts, sample_histories, unknown_users
 from rarec.bundle.write import hub_name
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.export import formats, rarec_client, write_targets
 from rarec.export.graphs import QueryGraph, write_graph
-from rarec.ranking import EvalBatch
+from rarec.export.measured import Measured
+from rarec.ranking import EvalBatch, VectorRanker
+from rarec.serve.settings import settings_of
 from rarec.storage.artefacts import read_manifest, write_manifest
 from rarec.storage.files import read_json, write_json
 from tests.conftest import CONFIG
@@ -95,7 +98,7 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
     from rarec.bundle.recommended import Request
     from rarec.serve.engines import OnnxEngine
 
-    engine, known = OnnxEngine(served, threads=1), recommender.items
+    engine, known = OnnxEngine(served, settings_of(served, threads=1)), recommender.items
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
     for options in ({}, {"k": 3, "deny": known[:9]}, {"allow": known[5:20]}, {"exclude_seen": False}):
         requests = [Request(history, **options) for history in everyone]
@@ -121,7 +124,7 @@ def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, everyone)
 
 def test_the_client_is_short():
     lines = Path(rarec_client.__file__).read_text().splitlines()
-    assert sum(bool(line.strip()) for line in lines) <= 111
+    assert sum(bool(line.strip()) for line in lines) <= 150
 
 
 @pytest.mark.slow
@@ -140,10 +143,11 @@ def test_the_client_refuses_a_file_that_was_altered(served, tmp_path, name):
 @pytest.mark.slow
 def test_the_manifest_has_what_was_measured(served):
     manifest = read_json(served / "manifest.json")
-    assert manifest["recall@10"] == 1
+    assert manifest["overlap@10"] == 1
     assert manifest["query_difference"] < 1e-4
     assert manifest["item_difference"] < 1e-4
     assert 0.5 < manifest["int8"]["overlap@10"] <= 1
+    assert manifest["measured_on"] == manifest["int8"]["measured_on"] == "60 validation users"
 
 
 @pytest.mark.slow
@@ -223,7 +227,32 @@ def test_an_index_says_what_it_finds(recommender, tmp_path, kind):
     folder = write(recommender, tmp_path / kind, ["faiss"], index=kind)
     manifest = read_json(folder / "manifest.json")
     assert manifest["index"] == kind
-    assert 0.5 < manifest["recall@10"] <= 1
+    assert 0.9 < manifest["overlap@10"] <= 1
+    assert ("depth" in manifest) == (kind in ("hnsw", "ivf"))
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_the_depth_of_a_search_is_what_finds_enough_or_the_one_that_is_given(kind):
+    rng = np.random.default_rng(0)
+    items, users = (rng.normal(size=(count, 24)).astype(np.float32) for count in (4000, 50))
+    form = DenseForm(items, {"": VectorRanker(items, lambda rows, histories: users)}, {})
+    parts = SimpleNamespace(dense=form, scored=lambda histories: form.scored(unknown_users(histories)))
+    measured = Measured(parts, [np.arange(user, user + 3) for user in range(50)], "users")
+    shallow, default = (formats.Faiss(kind, depth).indexed(measured)[1] for depth in (1, None))
+    assert shallow["depth"] == 1
+    assert shallow["overlap@10"] < 0.9 < 0.99 <= default["overlap@10"]
+    with pytest.raises(UserError, match=r"--depth.*flat"):
+        formats.Faiss("flat", 3)
+
+
+def test_an_approximation_is_measured_on_the_runs_validation_users_or_on_made_up_ones(run, recommender, tmp_path):
+    measured, dataset = Measured.of(recommender.parts), run.dataset
+    targets = dataset.targets("validation", 200)
+    for rows, user, position in zip(measured.histories, targets.user_rows, targets.positions, strict=True):
+        assert rows.tolist() == dataset.history(int(user), int(position)).tolist()
+    assert measured.overlap(lambda query, k: np.argsort(-(query @ recommender.parts.dense.items_NF.T))[:, :k]) == 1
+    moved = rarec.load(shutil.copytree(recommender.bundle.directory, tmp_path / "moved"))
+    assert "made-up" in Measured.of(moved.parts).users
 
 
 def test_a_hubs_repository_is_a_bundle_with_a_card(recommender, everyone, tmp_path):
@@ -287,7 +316,7 @@ def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(run, k
     folder = write(recommender, tmp_path / kind, BOTH, index=kind)
     known = recommender.items
     requests = [Request([item], k=3, allow=known[10:14]) for item in known[:8]]
-    result, expected = OnnxEngine(folder, threads=1).answer(requests), recommender.answer(requests)
+    result, expected = OnnxEngine(folder, settings_of(folder, threads=1)).answer(requests), recommender.answer(requests)
     assert same([answer.items for answer in result], expected.items)
 
 
@@ -348,7 +377,7 @@ def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyo
     from rarec.export.spark import recommend
 
     session = spark_session()
-    monkeypatch.setattr(session.sparkContext, "pythonExec", sys.executable)  # as PYSPARK_PYTHON does
+    monkeypatch.setattr(session.sparkContext, "pythonExec", "python3")  # as it is without PYSPARK_PYTHON
     rows = [(f"user {at}", list(history)) for at, history in enumerate(everyone)]
     histories = session.createDataFrame(rows, "user string, items array<string>").repartition(3)
     result = recommend(histories, served, k=5).toPandas().sort_values(["user", "rank"])

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from typer.testing import CliRunner
 
 import rarec
+from rarec import cli
 from rarec.bundle.bundle import FACTS, Bundle
 from rarec.bundle.write import describe_slots
 from rarec.config import VARIANTS
@@ -74,6 +76,20 @@ def test_by_default_the_best_row_on_validation_users_is_exported_and_said(run, t
     best = read_json(other.directory("export") / FACTS)["row"]
     assert values[best] == max(values.values())
     assert "best on validation users" in lines[-1]
+
+
+def test_a_further_bundle_of_a_run_is_one_command_and_the_first_stays(run, tmp_path):
+    root = shutil.copytree(run.root, tmp_path / "run")
+    first = (root / "bundle" / "manifest.json").read_bytes()
+    export = ["export", str(run.file), f"run.dir={root}", "export.variant=id_only", "--out", str(tmp_path / "other")]
+    for _ in range(2):  # the second time, it is up to date
+        assert CliRunner().invoke(cli.app, export).exception is None
+    assert rarec.load(tmp_path / "other").bundle.facts["row"] == "id_only"
+    assert (root / "bundle" / "manifest.json").read_bytes() == first
+    for words, named in ((["export.variant=text_only"], "--out DIR"), (["--out", str(tmp_path)], str(tmp_path))):
+        refused = CliRunner().invoke(cli.app, [*export, *words]).exception
+        assert isinstance(refused, UserError)
+        assert named in f"{refused.problem} {refused.remedy}"
 
 
 def test_a_row_that_is_not_in_the_results_is_refused_with_those_that_are(run, tmp_path):

@@ -14,7 +14,9 @@ import pytest
 from rarec.bundle.parts import sample_histories
 from rarec.errors import UserError
 from rarec.export import write_targets
-from tests.vllm_server import BUNDLES, PYTHON, Served, bundle, environment, needs_vllm, served, server
+from tests.pages import DOCS, lines, shell
+from tests.ranks import free_port
+from tests.vllm_server import BUNDLES, PYTHON, Served, bundle, environment, listening, needs_vllm, served, server
 
 pytestmark = [pytest.mark.vllm, needs_vllm]
 
@@ -76,7 +78,7 @@ def test_offline_its_states_are_those_of_the_bundle(llama, tmp_path):
     """First in this file: one vLLM at a time."""
     check = np.load(llama.folder / "check.npz")
     asked = client(llama.folder, "", check=False)
-    given = dict(asked._inputs([row[row >= 0].tolist() for row in check["histories"]]))
+    given = asked.inputs([row[row >= 0].tolist() for row in check["histories"]])
     vectors = asked.slots.run(None, {"history": given["history"]})[0]
     salts = [f"slots.{base64.urlsafe_b64encode(of.tobytes()).decode()}." for of in vectors]
     prompts = [tokens[tokens >= 0].tolist() for tokens in given["input_ids"]]
@@ -119,15 +121,21 @@ def test_in_bfloat16_its_items_are_mostly_those_of_the_bundle(tmp_path):
     assert np.mean(shared) > 9
 
 
-def test_the_commands_of_the_page(llama, url):
-    """`rarec export --to vllm`, and the client as a program."""
-    bundle, folder = llama.recommender.bundle.directory, llama.folder.with_name("by command")
-    export = [sys.executable, "-m", "rarec", "export", str(bundle), "--to", "vllm", "--out", str(folder)]
-    subprocess.run(export, check=True, capture_output=True)
-    ask = [sys.executable, str(folder / "rarec_vllm.py"), str(folder), url, "i001,i007"]
-    lines = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.splitlines()
+def test_the_commands_of_the_page(llama, tmp_path):
+    """As they are, but for the installation, which is that of these tests (see test_docs), and the port."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(llama.recommender.bundle.directory.parent)
+    (tmp_path / "vllm-env").symlink_to(Path(PYTHON).absolute().parents[1])
+    port = free_port()
+    commands = [
+        line.replace("8000", str(port)) for line in lines(DOCS / "vllm.md", "sh") if "vllm-env/bin/py" not in line
+    ]
+    _, export, start, ask = commands
+    shell(export, tmp_path)
+    with listening(["bash", "-c", start], port, tmp_path):
+        said = shell(ask, tmp_path)
     expected = llama.recommender.recommend([["i001", "i007"]], 10)[0]
-    assert [line.split("\t")[0] for line in lines] == [one.item for one in expected]
+    assert [line.split("\t")[0] for line in said.splitlines()] == [one.item for one in expected]
 
 
 def test_a_request_without_its_slots_gets_no_state_and_the_server_goes_on(llama, url):

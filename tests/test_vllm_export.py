@@ -43,15 +43,18 @@ def test_the_folder_says_how_it_is_served(llama):
 def test_the_script_finds_the_language_model_from_any_folder_and_with_spaces_in_its_path(llama, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "my models").mkdir()
-    python = tmp_path / "bin" / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    python.chmod(0o755)
+    vllm = tmp_path / "bin" / "vllm"
+    vllm.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    vllm.chmod(0o755)
     own = Path(llama.recommender.parts.llm_path).resolve()
     for given, expected in (("", own), ("my models", tmp_path / "my models")):
-        environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "RAREC_LLM": given}
+        environment = {"PATH": f"{vllm.parent}:{os.environ['PATH']}", "RAREC_LLM": given}
         script = [llama.folder / "serve.sh"]
         said = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert f"--model\n{expected}\n" in said.stdout
+        assert said.stdout.startswith(f"serve\n{expected}\n")
+    bare = subprocess.run(script, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert (bare.returncode, bare.stderr.count("\n")) == (2, 1)
+    assert "pip install vllm" in bare.stderr
 
 
 def model_of(kind: str) -> RaRec:

@@ -83,22 +83,30 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def server(folder: Path, *options: str) -> Iterator[str]:
-    """Start vLLM by the folder's script; yield its address.
+    """Start vLLM by the folder's script; yield its address. Raises as `listening` does."""
+    port = free_port()
+    command = ["sh", str(folder / "serve.sh"), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
+    with listening(command, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def listening(command: list[str], port: int, directory: Path | None = None) -> Iterator[None]:
+    """Run a command that starts vLLM, until it listens; end it afterwards.
 
     Raises:
         RuntimeError: it ends before it listens; the message is what it said.
     """
-    port = free_port()
-    command = ["sh", str(folder / "serve.sh"), "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", *options]
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said, start_new_session=True)
+        own = {"env": environment(), "cwd": directory, "stdout": said, "stderr": said, "start_new_session": True}
+        process = subprocess.Popen(command, **own)
         try:
             while not _listens(port):
                 if process.poll() is not None:
                     said.seek(0)
                     raise RuntimeError(said.read())
                 time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
+            yield
         finally:
             process.terminate()
             process.wait(60)

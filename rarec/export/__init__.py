@@ -20,6 +20,8 @@ KIND = "served"
 """Of the manifest of a folder that holds targets."""
 BUILT_IN = tuple(KINDS["targets"].built_in)
 """Names of the targets that come with rarec, in the order in which they are written."""
+DISTRIBUTIONS = {"faiss": "faiss-cpu"}
+"""Names by which packages are installed, where they are imported by another."""
 
 
 class Target(ABC):
@@ -97,7 +99,8 @@ def _targets(names: Iterable[str], options: Mapping[str, object]) -> list[Target
     for name, target in classes.items():
         absent = list(filter(_cannot_import, target.packages))
         if absent:
-            raise UserError(f"--to {name} needs {', '.join(absent)}", "pip install 'rarec[serving]'")
+            names = ", ".join(DISTRIBUTIONS.get(package, package) for package in absent)
+            raise UserError(f"--to {name} needs {names}", "pip install 'rarec[serving]'")
     own = {name: {option: options[option] for option in _options(named[name]) if option in options} for name in named}
     in_order = sorted(classes, key=lambda name: (*BUILT_IN, name).index(name))
     return [classes[name](**own.get(name, {})) for name in in_order]

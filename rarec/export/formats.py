@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
 from rarec.bundle.bundle import TABLES
-from rarec.bundle.parts import DenseForm, Parts, sample_histories
+from rarec.bundle.parts import Parts
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target, raise_if_far
+from rarec.export.measured import K, Measured
 from rarec.models.backbone import FrozenBackbone
 from rarec.neighbours.base import SCHEMA, pairs_of
 from rarec.storage.artefacts import MANIFEST, write_sealed
@@ -29,10 +28,10 @@ from rarec.storage.files import read_json, write_json
 ITEMS, FACTS, INDEX = "items.parquet", "client.json", "index.faiss"
 KINDS = {"flat": "Flat", "hnsw": "HNSW32", "ivf": "IVF{lists},Flat", "sqfp16": "SQfp16"}
 """What `--index` takes, as faiss' factory names it."""
-SEARCHED = {"hnsw": "efSearch=128", "ivf": "nprobe=16"}
-"""Parameters of the search, which are part of the index."""
-CHECKED, K = 200, 10
-"""Users, and items of each, for which an index is compared with the exact search."""
+DEPTHS = {"hnsw": "efSearch", "ivf": "nprobe"}
+"""What `--depth` is of an index that looks at some items alone, as faiss names it; it is part of the index."""
+FIRST_DEPTH, GOOD = 16, 0.99
+"""The depth that is tried first, and the share of the exact lists that the default depth finds, if any depth does."""
 CLOSE = 1e-5
 """Largest difference of hidden states between stock PEFT and the bundle, relative to the largest state."""
 
@@ -81,52 +80,55 @@ class Faiss(Target):
 
     Attributes:
         index: its kind, of `KINDS`.
+        depth: how many items (hnsw) or lists of items (ivf) a search looks at; by default twice as many as long as a
+            share of less than `GOOD` of the exact lists is found.
     """
 
     index: str = "flat"
+    depth: int | None = None
     needs = ("vectors",)
     packages = ("faiss",)
 
     def __post_init__(self) -> None:
         if self.index not in KINDS:
             raise UserError(f"--index {self.index} is unknown", f"choose from {', '.join(KINDS)}")
+        if self.depth is not None and self.index not in DEPTHS:
+            problem = f"--depth does nothing with --index {self.index}, which looks at every item"
+            raise UserError(problem, f"leave it out, or give --index {' or '.join(DEPTHS)}")
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
-        """See `Target`. Figures: the kind, and the recall of the 10 best items by inner product."""
+        """See `Target`. Figures: the kind, the depth, and the share of the exact lists that a search finds."""
         import faiss
 
-        form = parts.dense
-        count, size = form.items_NF.shape
-        lists = max(1, min(int(4 * count**0.5), count // 39))  # faiss trains each with 39 vectors or more
-        index: Any = faiss.index_factory(size, KINDS[self.index].format(lists=lists), faiss.METRIC_INNER_PRODUCT)
-        index.train(form.items_NF)
-        index.add(form.items_NF)
-        parameters: Any = faiss.ParameterSpace()
-        parameters.set_index_parameters(index, SEARCHED.get(self.index, ""))
-        if self.index == "ivf":
-            index.make_direct_map()
-        recall = _recall(index, form, parts)
-        if self.index == "flat" and recall < 1:
-            problem = f"the index finds {recall:.1%} of the items that the bundle finds"
+        measured = Measured.of(parts)
+        index, figures = self.indexed(measured)
+        if self.index == "flat" and figures[f"overlap@{K}"] < 1:
+            problem = f"the index finds {figures[f'overlap@{K}']:.1%} of the items that the bundle finds"
             raise UserError(problem, "report it: this is a bug")
         faiss.write_index(index, str(directory / INDEX))
-        return {"index": self.index, f"recall@{K}": recall}
+        return {"index": self.index, **figures, "measured_on": measured.users}
 
+    def indexed(self, measured: Measured) -> tuple[Any, dict[str, Any]]:
+        """Return the index, and figures of it."""
+        import faiss
 
-def _recall(index: Any, form: DenseForm, parts: Parts) -> float:
-    """Return the share of the exact 10 best by inner product that the index finds."""
-    users = form.users(sample_histories(parts, CHECKED))
-    queries = np.ascontiguousarray(users.reshape(-1, users.shape[-1]), np.float32)
-    _, near = index.search(queries, min(K, len(form.items_NF)))
-    return float(np.mean([_hit(rows_K, query, form) for rows_K, query in zip(near, queries, strict=True)]))
-
-
-def _hit(rows_K: npt.NDArray[np.int64], query: npt.NDArray[np.float32], form: DenseForm) -> float:
-    """Return the share of an index' items whose score is among the best; items of equal score count alike."""
-    scores_N = form.items_NF @ query
-    least = np.sort(scores_N)[-len(rows_K)]
-    scores_K = scores_N[rows_K[rows_K >= 0]]
-    return float((scores_K >= least - 1e-5 * abs(least)).sum() / len(rows_K))
+        vectors_NF = measured.parts.dense.items_NF
+        count, size = vectors_NF.shape
+        lists = max(1, min(int(4 * count**0.5), count // 39))  # faiss trains each with 39 vectors or more
+        index: Any = faiss.index_factory(size, KINDS[self.index].format(lists=lists), faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors_NF)
+        index.add(vectors_NF)
+        if self.index == "ivf":
+            index.make_direct_map()
+        most = {"hnsw": count, "ivf": lists}.get(self.index, 0)
+        depth = self.depth or min(most, FIRST_DEPTH)
+        while True:
+            if most:
+                faiss.ParameterSpace().set_index_parameter(index, DEPTHS[self.index], depth)
+            found = measured.overlap(lambda queries, k: index.search(queries, k)[1])
+            if self.depth or depth >= most or found >= GOOD:
+                return index, {**({"depth": depth} if most else {}), f"overlap@{K}": found}
+            depth = min(most, 2 * depth)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from rarec.prompts import AT_TITLES
 
 Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-OPSET = 20
+OPSET, TOGETHER = 20, 32
+"""The version of ONNX's operators; rows that go through a graph together."""
 
 
 class SourceGraph(nn.Module):
@@ -267,8 +268,9 @@ def run_graph(path: Path, names: Sequence[str], inputs: Sequence[Tensor]) -> Flo
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     used = {graph_input.name for graph_input in session.get_inputs()}
     given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True) if name in used}
-    output: Float32 = session.run(None, given)[0]
-    return output
+    chunks = (slice(start, start + TOGETHER) for start in range(0, len(inputs[0]), TOGETHER))
+    outputs = [session.run(None, {name: table[chunk] for name, table in given.items()})[0] for chunk in chunks]
+    return np.concatenate(outputs)
 
 
 def difference(vectors: Float32, expected: Float32) -> float:

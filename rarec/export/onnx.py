@@ -17,6 +17,7 @@ from rarec.bundle.parts import Parts, sample_histories
 from rarec.export import Target, raise_if_far
 from rarec.export.formats import add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, taken, write_graph
+from rarec.export.measured import K, Measured
 from rarec.models.towers import side_batch
 from rarec.neighbours import scores
 from rarec.prompts import Encoded, PromptPair, lay_out
@@ -61,8 +62,10 @@ class Onnx(Target):
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             quantize_dynamic(str(directory / QUERY), str(directory / INT8), weight_type=QuantType.QInt8)
-            rounded = run_graph(directory / INT8, graph.inputs, inputs)
-            figures["int8"] = _agreement(rounded, expected, parts.dense.items_NF)
+            measured, items_NF = Measured.of(parts), parts.dense.items_NF
+            rounded = run_graph(directory / INT8, graph.inputs, graph.inputs_of(measured.histories))
+            overlap = measured.overlap(lambda query_VF, k: (-query_VF @ items_NF.T).argsort(1)[:, :k], rounded)
+            figures["int8"] = {f"overlap@{K}": overlap, "measured_on": measured.users}
         copy_client(directory)
         if graph.variant:
             figures["item_difference"] = _write_item(parts, directory / ITEM)
@@ -87,15 +90,6 @@ def queries_of(parts: Parts, histories: Sequence[npt.NDArray[np.int64]]) -> Floa
     """Return the bundle's vectors, (B, K, F)."""
     users = parts.dense.users(histories)
     return users.reshape(len(users), -1, users.shape[-1])
-
-
-def _agreement(queries: Float32, expected: Float32, items_NF: Float32) -> dict[str, float]:
-    """Return the share of the 10 best items by inner product that two queries share, and the same first item."""
-    k = min(10, len(items_NF))
-    scored = ((users @ items_NF.T).max(1) for users in (queries, expected))
-    own, other = (np.argsort(-scores_BN, axis=1, kind="stable")[:, :k] for scores_BN in scored)
-    shared = [len(np.intersect1d(*rows)) / k for rows in zip(own, other, strict=True)]
-    return {"overlap@10": float(np.mean(shared)), "same_first": float((own[:, 0] == other[:, 0]).mean())}
 
 
 def _write_item(parts: Parts, path: Path) -> float:

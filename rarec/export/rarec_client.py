@@ -16,33 +16,42 @@ try:
 except ImportError:
     from rarec.neighbours.scores import newest_first, score
 
+BATCH = 32
+
 
 class Client:
     """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score).
 
     Every file that it reads is checked by the sha256 in the folder's manifest.
 
+    Args:
+        folder: of the export.
+        threads: that compute a query; 0 for one a core.
+        graph: `query.onnx`, or `query.int8.onnx`.
+        batch: histories of similar length that go through the graph together.
+
     Raises:
         ValueError: a file is not as it was written.
     """
 
-    def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx") -> None:
+    def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx", batch: int = BATCH) -> None:
         self.folder = Path(folder)
         self.files = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         if "rarec_scores.py" in self.files:  # earlier exports have none
             self._checked("rarec_scores.py")
-        self.threads = threads
+        self.threads, self.batch = threads, batch
         self.graph = self._session(graph)
         self.facts = json.loads(Path(self._checked("client.json")).read_text(encoding="utf-8"))
         self.index = faiss.read_index(self._checked("index.faiss"))
+        self.vectors = _stored(self.index) if isinstance(self.index, faiss.IndexFlat) else None
         self.prompt = self.facts["prompt"]
         items = pq.read_table(self._checked("items.parquet"), columns=["id", "title"])
         self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
         self.row_of = {str(item): row for row, item in enumerate(self.ids)}
-        tables = {name: pq.read_table(self._checked(f"neighbours/{name}.parquet")) for name in self.facts["neighbours"]}
-        self.near = {name: [part.to_numpy() for part in table.columns] for name, table in tables.items()}
+        self.tables = {name: self._table(f"neighbours/{name}.parquet") for name in self.facts["neighbours"]}
         texts = pq.read_table(self._checked("titles.parquet")).combine_chunks() if self.prompt["most"] else None
-        self.pieces = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
+        lists = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
+        self.pieces = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in lists.items()}
 
     def _checked(self, name: str) -> str:
         """Return the path of a file that is as the manifest says."""
@@ -56,10 +65,18 @@ class Client:
     def _session(self, graph: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # else waiting takes half of the CPU time
         for name in self.files:
             if name.startswith(f"{graph}."):  # weights of a large graph
                 self._checked(name)
         return onnxruntime.InferenceSession(self._checked(graph), options, providers=["CPUExecutionProvider"])
+
+    def _table(self, name: str) -> tuple[Any, Any, Any]:
+        """Return a neighbour table by item: where the item's neighbours begin and end, all neighbours, their scores."""
+        rows, neighbours, scores = (column.to_numpy() for column in pq.read_table(self._checked(name)).columns)
+        return np.searchsorted(rows, np.arange(len(self.ids) + 1, dtype=rows.dtype)), neighbours, scores
 
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
         """Return each user's k best new items; ids that are not in the catalogue are skipped."""
@@ -68,59 +85,92 @@ class Client:
         return [[(self.ids[row], self.titles[row], score) for row, score in items] for items in best]
 
     def queries(self, rows: list[list[int]]) -> Any:
-        """Return query vectors, (B, K, F), after histories of item rows."""
-        given = dict(self._inputs(rows))
-        return self.graph.run(None, {own.name: given[own.name] for own in self.graph.get_inputs()})[0]
+        """Return query vectors, (B, K, F), after histories of item rows, of which those of a length are together."""
+        prompts = [self.prompt_of(history) for history in rows]
+        order = sorted(range(len(rows)), key=lambda user: (len(prompts[user][0]), len(rows[user])))
+        chunks = (order[start : start + self.batch] for start in range(0, len(rows), self.batch))
+        pairs = (([rows[user] for user in chunk], [prompts[user] for user in chunk]) for chunk in chunks)
+        queries = [run(self.graph, self.inputs(*pair)) for pair in pairs]
+        return np.concatenate(queries)[np.argsort(order)] if rows else []
 
     def best(self, query: Any, history: list[int], k: int, hidden: Any, among: Any = None) -> list[tuple[int, float]]:
         """Return rows and scores of a user's k best items, without the hidden ones, of all items or among some rows."""
-        added = np.zeros(len(self.ids))
+        near = self.near(history)
+        if among is None and self.vectors is None:  # of an index that finds some of the best alone
+            _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
+            among = np.union1d(found[found >= 0], np.flatnonzero(near))
+        rows: Any = slice(None) if among is None else among
+        vectors = self.index.reconstruct_batch(rows) if self.vectors is None else self.vectors[rows]
+        scores = np.full(len(self.ids), -np.inf, np.float32)
+        # not `@`: for one user, to wake BLAS's other threads takes several times as long as this
+        scores[rows] = np.einsum("nf,kf->nk", vectors, query).max(1) + near[rows]
+        scores[hidden] = -np.inf
+        least = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
+        best = np.flatnonzero((scores >= least) & (scores > -np.inf))
+        best = best[np.lexsort((best, -scores[best]))][:k]
+        return list(zip(best.tolist(), scores[best].tolist(), strict=True))
+
+    def near(self, history: list[int]) -> Any:
+        """Return what the neighbour tables add to the score of each item, (N,)."""
+        added = np.zeros(len(self.ids), np.float32)
         items, factors, _ = newest_first([history], self.facts["newest"], self.facts["decay"])
         for name, weight in self.facts["neighbours"].items():
-            rows, columns, values = self.near[name]
-            sums = np.zeros(len(self.ids))
+            starts, neighbours, values = self.tables[name]
+            sums = np.zeros(len(self.ids), np.float32)
             for item, factor in zip(items, factors.tolist(), strict=True):
-                part = slice(*np.searchsorted(rows, [item, item + 1]))
-                sums[columns[part]] += factor * values[part]
+                part = slice(starts[item], starts[item + 1])
+                sums[neighbours[part]] += factor * values[part]
             added += weight * score(sums)
-        if among is None:
-            _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
-            among = np.union1d(found[found >= 0], np.flatnonzero(added))
-        rows = np.setdiff1d(among, hidden)
-        scores = (self.index.reconstruct_batch(rows) @ query.T).max(1) + added[rows] if len(rows) else rows
-        return [(int(row), -float(score)) for score, row in sorted(zip(-scores, rows, strict=True))[:k]]
+        return added
 
-    def _inputs(self, rows: list[list[int]]) -> Any:
-        texts, slots, titles = zip(*map(self._prompt, rows), strict=True)
+    def inputs(self, rows: list[list[int]], prompts: Any = ()) -> dict[str, Any]:
+        """Return the graph's inputs after histories of item rows, whose prompts may be there already."""
+        texts, slots, titles = zip(*(prompts or map(self.prompt_of, rows)), strict=True)
         longest = {"history": (rows, 1), "input_ids": (texts, max(map(len, texts)) + 1), "slot_positions": (slots, 0)}
+        given = {}
         for name, (lists, least) in {**longest, "titles": (titles, self.prompt["most"])}.items():
             width = max([least, *map(len, lists)])
-            yield name, np.array([[*own, *[-1] * (width - len(own))] for own in lists], np.int64)
+            given[name] = np.array([[*own, *[-1] * (width - len(own))] for own in lists], np.int64)
+        return given
 
-    def _prompt(self, history: list[int]) -> tuple[list[int], list[int], list[int]]:
+    def prompt_of(self, history: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Return token ids, the index of each slot (-1 for those that the history lacks), the items of the titles."""
         prompt = self.prompt
-        wanted = history[::-1][: self.prompt["most"]]
+        wanted = history[::-1][: prompt["most"]]
         ids = list(prompt["empty"])
-        slots = prompt["empty_slots"]
+        slots = dict(prompt["empty_slots"])
         items = []
         if wanted:
-            later, first = (np.array([len(self.pieces[name][row]) for row in wanted]) for name in ("later", "first"))
+            later, first = (np.array([len(self._piece(name, row)) for row in wanted]) for name in ("later", "first"))
             saved = (later - first)[0] if prompt["newest_first"] else later - first
             items = wanted[: max(1, int((np.cumsum(later) - saved <= prompt["room"]).sum()))]
             items = items if prompt["newest_first"] else items[::-1]
             ids = list(prompt["before"])
-            slots = prompt["before_slots"]
+            slots = dict(prompt["before_slots"])
             for number, row in enumerate(items):
                 name = "later" if number else "first"
-                inside = zip(prompt["titles_first"], self.pieces[f"{name}_slots"][row].as_py(), strict=True)
-                slots = slots + [[place + number, len(ids) + index] for place, index in inside]
-                ids += self.pieces[name][row].as_py()
+                inside = zip(prompt["titles_first"], self._piece(f"{name}_slots", row), strict=True)
+                slots |= {place + number: len(ids) + index for place, index in inside}
+                ids += self._piece(name, row).tolist()
             bare = len(ids) - len(prompt["before"]) == len(slots) - len(prompt["before_slots"])  # no title has a word
-            after = prompt["bare_after" if bare else "after"]
-            slots = slots + [[place, len(ids) + index] for place, index in prompt["after_slots"]]
-            ids = ids + after
-        return ids, [dict(slots).get(place, -1) for place in range(prompt["count"])], items
+            slots |= {place: len(ids) + index for place, index in prompt["after_slots"]}
+            ids += prompt["bare_after" if bare else "after"]
+        return ids, [slots.get(place, -1) for place in range(prompt["count"])], items
+
+    def _piece(self, name: str, row: int) -> Any:
+        """Return the tokens, or the indices of the slots, of an item's title."""
+        starts, values = self.pieces[name]
+        return values[starts[row] : starts[row + 1]]
+
+
+def run(session: Any, given: dict[str, Any]) -> Any:
+    """Return the output of a graph, which takes some of the inputs."""
+    return session.run(None, {own.name: given[own.name] for own in session.get_inputs()})[0]
+
+
+def _stored(index: Any) -> Any:
+    """Return the vectors of a flat index, (N, F), which stay in it."""
+    return faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
 
 
 if __name__ == "__main__":

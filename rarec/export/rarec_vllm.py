@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rarec_client import Client
+from rarec_client import Client, run
 
 AT_ONCE, TIMEOUT = 64, 120.0
 """Requests that are under way together, which vLLM batches, and the seconds that one may take."""
@@ -43,16 +43,17 @@ class VllmClient(Client):
 
     def queries(self, rows: list[list[int]]) -> Any:
         """Return query vectors, (B, K, F), after histories of item rows."""
-        given = dict(self._inputs(rows))
-        given["state"] = self.states(rows)
-        return self.graph.run(None, {own.name: given[own.name] for own in self.graph.get_inputs()})[0]
+        given = self.inputs(rows)
+        return run(self.graph, {**given, "state": self._states(given)})
 
     def states(self, rows: list[list[int]]) -> Any:
         """Return the server's pooled states (B, D) after histories of item rows."""
-        given = dict(self._inputs(rows))
-        slots = np.zeros((len(rows), 0), np.float32)
+        return self._states(self.inputs(rows))
+
+    def _states(self, given: dict[str, Any]) -> Any:
+        slots = np.zeros((len(given["history"]), 0), np.float32)
         if self.slots is not None:
-            slots = self.slots.run(None, {own.name: given[own.name] for own in self.slots.get_inputs()})[0]
+            slots = run(self.slots, given)
         texts = [tokens[tokens >= 0] for tokens in given["input_ids"]]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return np.stack(list(pool.map(self._state, texts, given["slot_positions"], slots)))

@@ -28,8 +28,6 @@ from rarec.storage.artefacts import check_files, read_manifest
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-TOGETHER = 256
-"""Users encoded at a time, of similar lengths."""
 MANIFEST = "manifest.json"
 NEEDED = ("query.onnx", "index.faiss", "client.json", "rarec_client.py", MANIFEST)
 _SENT: dict[tuple[str, str], tempfile.TemporaryDirectory[str]] = {}
@@ -47,8 +45,8 @@ def recommend(
 ) -> "DataFrame":
     """Return the k best new items of every user: columns `user`, `rank` (from 1), `item`, `title`, `score`.
 
-    Workers need onnxruntime, faiss, numpy and pyarrow, neither torch nor rarec: the folder is sent to them with its
-    client, and each Python worker opens it once.
+    Workers need onnxruntime, faiss-cpu, numpy and pyarrow, neither torch nor rarec: the folder is sent to them with its
+    client, and each Python worker opens it once. On a cluster, PYSPARK_PYTHON names a Python that has these.
 
     Args:
         histories: a row for each user.
@@ -76,7 +74,10 @@ def recommend(
         columns = ", ".join(f"{name} {kind.simpleString()}" for name, kind in types.items())
         problem = f"the histories lack a column {user!r} or a column {items!r} of arrays ({columns})"
         raise UserError(problem, "name the columns: recommend(histories, folder, user=..., items=...)")
-    name = _sent(histories.sparkSession.sparkContext, folder)
+    context = histories.sparkSession.sparkContext
+    if context.pythonExec == "python3" and str(context.master).startswith("local"):
+        context.pythonExec = sys.executable  # another Python of this machine may lack what workers need
+    name = _sent(context, folder)
     by_value: Any = register_pickle_by_value
     by_value(sys.modules[__name__])  # workers may have no rarec
     is_integer = pa.types.is_integer(pq.read_schema(folder / "items.parquet").field("id").type)
@@ -120,16 +121,12 @@ def _client(folder: str, graph: str) -> Any:
 
 
 def _served(client: Any, batch: pa.RecordBatch, k: int) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a batch's users, those with short histories first: prompts of a length are encoded together."""
+    """Yield the rows of a batch's users."""
     users, histories = batch.columns
-    lists = [history or [] for history in histories.to_pylist()]
-    order = sorted(range(len(lists)), key=lambda place: len(lists[place]))
-    for start in range(0, len(order), TOGETHER):
-        chunk = order[start : start + TOGETHER]
-        best = client.recommend([lists[place] for place in chunk], k)
-        rows = [(place, rank, *item) for place, items in zip(chunk, best) for rank, item in enumerate(items, 1)]  # noqa: B905
-        if rows:
-            places, ranks, ids, titles, scores = zip(*rows)  # noqa: B905
-            columns = [users.take(pa.array(places)), pa.array(ranks, pa.int32()), pa.array(ids), pa.array(titles)]
-            names = ["user", "rank", "item", "title", "score"]
-            yield pa.RecordBatch.from_arrays([*columns, pa.array(scores, pa.float32())], names)
+    lists = client.recommend([history or [] for history in histories.to_pylist()], k)
+    rows = [(place, rank, *item) for place, items in enumerate(lists) for rank, item in enumerate(items, 1)]
+    if rows:
+        places, ranks, ids, titles, scores = zip(*rows)  # noqa: B905
+        columns = [users.take(pa.array(places)), pa.array(ranks, pa.int32()), pa.array(ids), pa.array(titles)]
+        names = ["user", "rank", "item", "title", "score"]
+        yield pa.RecordBatch.from_arrays([*columns, pa.array(scores, pa.float32())], names)

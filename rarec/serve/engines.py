@@ -25,8 +25,8 @@ from rarec.storage.artefacts import Manifest, check_files, read_manifest
 if TYPE_CHECKING:
     from rarec.bundle.recommender import Recommender
 
-CHUNK = 32
-"""Histories of about the same length that go through the graph together."""
+LONGEST = 20
+"""Items of the longest history that an engine answers before it serves."""
 AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 
 
@@ -68,15 +68,20 @@ class TorchEngine:
     """
 
     def __init__(self, path: Path, settings: ServeSettings) -> None:
-        from rarec.bundle.recommender import load
+        import torch
 
-        self.recommender = load(path, device=settings.device, llm=settings.llm, trusted=settings.trusted)
-        bundle = self.recommender.bundle
+        from rarec.bundle.bundle import Bundle
+        from rarec.bundle.recommender import Recommender
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        bundle = Bundle.open(path, settings.trusted)
+        llm, batch_size = settings.llm, settings.batch_size
+        self.recommender = Recommender(bundle, device=settings.device, llm=llm, batch_size=batch_size)
         self.row = str(bundle.facts["row"])
         self.version = str(bundle.manifest["hash"])
         self.ids = self.recommender.items
         self.titles = bundle.catalogue.titles
-        self.recommender.recommend([self.ids[:1]], 1)  # so that the first request does not wait for the model to load
         if bundle.facts["model"]:
             model = self.recommender.parts.encoder.model
             for tensor in (*model.parameters(), *model.buffers()):
@@ -100,15 +105,19 @@ class OnnxEngine:
 
     Args:
         folder: of `rarec export BUNDLE --to onnx --to faiss`.
-        threads: of ONNX Runtime; 0 takes all cores.
+        settings: of the service: threads and the size of a batch.
 
     Raises:
         UserError: it is missing, damaged, or lacks a form.
     """
 
-    def __init__(self, folder: Path, threads: int = 0) -> None:
+    def __init__(self, folder: Path, settings: ServeSettings) -> None:
         manifest = check_served(folder)
-        self._client = import_module("rarec.export.rarec_client").Client(folder, threads)
+        try:
+            client = import_module("rarec.export.rarec_client")
+        except ModuleNotFoundError as error:
+            raise UserError(f"backend onnx: {error.name} is not installed", "pip install 'rarec[serving]'") from None
+        self._client = client.Client(folder, settings.threads or 0, batch=settings.batch_size or client.BATCH)
         self.row = str(manifest["settings"]["row"])
         self.version = str(manifest["hash"])
         self.ids: list[Id] = self._client.ids
@@ -117,13 +126,7 @@ class OnnxEngine:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See `TorchEngine`."""
         rows = [self._rows(request.history) for request in requests]
-        answers: dict[int, Answer] = {}
-        by_length = sorted(range(len(requests)), key=lambda user: len(rows[user]))
-        for start in range(0, len(by_length), CHUNK):
-            chunk = by_length[start : start + CHUNK]
-            for user, query in zip(chunk, self._client.queries([rows[user] for user in chunk]), strict=True):
-                answers[user] = self._answer(requests[user], rows[user], query)
-        return [answers[user] for user in range(len(requests))]
+        return list(map(self._answer, requests, rows, self._client.queries(rows)))
 
     def vectors(self, histories: Sequence[History]) -> list[Any]:
         """See `TorchEngine`."""
@@ -168,7 +171,10 @@ def load_engine(settings: ServeSettings, path: Path) -> Engine:
     Raises:
         UserError: it is missing or damaged.
     """
-    return OnnxEngine(path) if settings.backend == "onnx" else TorchEngine(path, settings)
+    engine = OnnxEngine(path, settings) if settings.backend == "onnx" else TorchEngine(path, settings)
+    lengths = [1 + user % LONGEST for user in range(settings.warm_up)]
+    engine.answer([Request(engine.ids[:length]) for length in lengths])  # so that no request waits for memory
+    return engine
 
 
 def check_served(folder: Path) -> Manifest:

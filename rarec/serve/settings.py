@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from rarec.config.load import read_tree, validated
-from rarec.config.section import Device, Location, Positive, Section
+from rarec.config.section import Device, Location, NonNegative, Positive, Section
 from rarec.errors import UserError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -59,6 +59,14 @@ class ServeSettings(Section):
     """For torch: the language model, if it is elsewhere than at the export."""
     trusted: Annotated[list[str], Field(default_factory=list)]
     """Parts of your own that a bundle may import, as `package.module:Name`."""
+    threads: Annotated[int, Field(gt=0, le=1024)] | None = None
+    """Threads that compute a pass of a model, in every worker; by default one a core. Fewer of them need less CPU time
+    for a user, and answer one user later."""
+    batch_size: Positive | None = None
+    """Prompts of similar length that are computed together; by default as many as in the evaluation, for onnx 32."""
+    warm_up: NonNegative = 8
+    """Users with made-up histories of 1 to 20 items whom a bundle answers before it serves, so that no request waits
+    for memory that the first ones take; 0 for none."""
     max_batch: Positive = 64
     """Users whose prompts go through the model together."""
     window_ms: Annotated[float, Field(ge=0, le=1000)] = 3.0

@@ -22,12 +22,20 @@ READ = ("metrics.json", "comparisons.json", "validation.json", "fusion.json")
 
 
 class ExportStage(Stage):
-    """The bundle of one row of the results: by default the one that is best on validation users."""
+    """The bundle of one row of the results: by default the one that is best on validation users.
+
+    A further bundle of a run is a part, named by the absolute path of its folder.
+    """
 
     name = "export"
     kind = folder = "bundle"
     remembers = False  # a bundle is copied and taken away
     summary = "Write the bundle to take away: a whole recommender, but for the language model."
+
+    @property
+    def directory(self) -> Path:
+        """See `Stage`."""
+        return Path(self.part) if self.part else super().directory
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""

@@ -108,15 +108,15 @@ class Run:
             self.make(name, fresh=fresh)
             self.say(f"{name} took {time.monotonic() - started:.0f} s")
 
-    def make(self, name: str, *, fresh: bool = False) -> bool:
-        """Build the artefacts of one stage that are not there yet; return whether anything was built.
+    def make(self, name: str, part: str | None = None, *, fresh: bool = False) -> bool:
+        """Build the artefacts of one stage, or of one part, that are not there yet; return whether anything was built.
 
         What it took is written to the run's `record.json`.
         """
         source()  # the commit as it was when the code was loaded, not as it may be hours later
         started = time.monotonic()
         built = False
-        stages = self.stages(name)
+        stages = self.stages(name) if part is None else [self.stage(name, part)]
         self.world.run_on_main(lambda: self._check_places(stages, fresh))
         try:
             for stage in stages:

@@ -207,7 +207,8 @@ def check_origin(
     changed = differences(manifest["settings"], json.loads(json.dumps(dict(settings))))
     if changed:
         problem = f"{directory} was made with other settings: {'; '.join(changed)}"
-        raise UserError(problem, f"{remedy}, or choose another run.dir")
+        elsewhere = "write a further one: --out DIR" if manifest["kind"] == "bundle" else "choose another run.dir"
+        raise UserError(problem, f"{remedy}, or {elsewhere}")
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

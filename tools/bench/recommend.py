@@ -11,6 +11,8 @@
 | one user | recommending to one user, warm | the forward pass of that prompt |
 | 100 items | adding 100 items, without writing | the forward pass of their prompts |
 | client | a cold process of `rarec_client.py`, CPU seconds | a cold `rarec recommend` (upside down: how much less) |
+| onnx | 40 users one by one by the warm client | the graph in a plain session of ONNX Runtime, same prompts |
+| onnx CPU | the same, CPU seconds | the same |
 
 With --rates: users a second of one call for all users, and milliseconds of one for one user, by each folder, and by
 `query.int8.onnx` where it has one.
@@ -21,6 +23,7 @@ ratios of these.
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,7 +36,7 @@ import torch
 import rarec
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.bundle.recommender import Recommender
-from rarec.export.rarec_client import Client
+from rarec.export.rarec_client import Client, run
 from rarec.models.encode import text_batch
 from rarec.prompts import Encoded, by_length
 from rarec.ranking.rank import VectorScores, best_scores
@@ -41,6 +44,9 @@ from tools.bench.measuring import Action, cpu_seconds, in_turns, options, second
 
 Rows = npt.NDArray[np.int64]
 GOALS = {"batch": 1 / 0.9, "search": 1.3, "search N": 1.3, "one user": 3.0, "100 items": 1.5, "client": 0.1}
+GOALS |= {"onnx": 1.3, "onnx CPU": 1.3}
+ONE_BY_ONE = 40
+"""Users of the rows `onnx`."""
 
 
 def forward(parts: Parts, prompts: list[Encoded]) -> Callable[[], None]:
@@ -95,6 +101,28 @@ def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Action,
     }
 
 
+def client_queries(folder: Path, histories: list[list[Any]], threads: int) -> tuple[Action, Action]:
+    """Return recommending to users one by one by the client, and its graph alone over the same prompts."""
+    import onnxruntime
+
+    client = Client(folder, threads)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.log_severity_level = threads, 3
+    bare = onnxruntime.InferenceSession(str(folder / "query.onnx"), settings, providers=["CPUExecutionProvider"])
+    rows = [[client.row_of[str(item)] for item in history] for history in histories]
+    inputs = [client.inputs([history]) for history in rows]
+
+    def recommend() -> None:
+        for history in histories:
+            client.recommend([history], 10)
+
+    def query() -> None:
+        for given in inputs:
+            run(bare, given)
+
+    return recommend, query
+
+
 def rates(folders: list[Path], histories: list[list[Any]]) -> None:
     """Print the rate of each folder, a bundle or one with the ONNX client."""
     print(f"{'folder':40}{'users/s':>10}{'one, ms':>10}{'MB':>8}")
@@ -128,6 +156,10 @@ def main() -> None:
     pairs = workloads(arguments.bundle, arguments.users, arguments.items)
     spent = in_turns(arguments.rounds, {(row, side): pair[side] for row, pair in pairs.items() for side in (0, 1)})
     if arguments.client:
+        users = sample_users(rarec.load(arguments.bundle, device="cpu"), ONE_BY_ONE)[1]
+        actions = dict(enumerate(client_queries(arguments.client, users, arguments.threads)))
+        for row, clock in (("onnx", time.perf_counter), ("onnx CPU", time.process_time)):
+            spent |= {(row, side): took for side, took in in_turns(arguments.rounds, actions, clock).items()}
         item = str(rarec.load(arguments.bundle).items[0])
         client = [sys.executable, str(arguments.client / "rarec_client.py"), str(arguments.client), item]
         command = [sys.executable, "-m", "rarec", "recommend", str(arguments.bundle), "--history", item]
