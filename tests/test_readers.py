@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.csv import write_csv
 
 from rarec.config.schema import Interactions, Items
 from rarec.data.engines import PrepareEngine, compute_value
@@ -205,13 +206,26 @@ def test_a_directory_and_a_glob_are_read_by_name_and_hidden_files_skipped(
     assert one != all_of_them
 
 
-def test_many_rows_keep_the_order_of_the_file(engine: PrepareEngine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "csv.gz"])
+@pytest.mark.parametrize("more", [(), ("File_Row_Number", "_file", "_metadata")])
+def test_rows_are_numbered_in_the_order_of_files_by_name_and_of_rows(
+    engine: PrepareEngine, tmp_path: Path, suffix: str, more: tuple[str, ...]
+) -> None:
+    """Whatever the names of files and columns: engines have columns of their own for these numbers."""
     count = 300_000
-    columns = {"user": pa.array(range(count)), "item": pa.array(range(count)), "time": pa.array(range(count))}
-    pq.write_table(pa.table(columns), tmp_path / "log.parquet", row_group_size=10_000)
-    config = Interactions(path=str(tmp_path / "log.parquet"), user="user", item="item", time="time")
-    table = read_log(engine, config, table_location(config, "f"), lines=True)
-    assert compute_value(engine, table.count(where=table.line != table.user + 1)) == 0
+    rows = pa.table({name: pa.array(range(count)) for name in ("user", "item", "time", *more)})
+    cuts = [0, 100_000, 250_000, 250_000, count]
+    for name, start, end in zip(["a+%20", "b [1]", "b c", "ü"], cuts, cuts[1:], strict=False):
+        part = rows[start:end]
+        if suffix == "parquet":
+            pq.write_table(part, tmp_path / f"{name}.parquet", row_group_size=10_000)
+        else:
+            with pa.output_stream(tmp_path / f"{name}.{suffix}") as file:  # compresses by the name
+                write_csv(part, file)
+    config = Interactions(path=f"{tmp_path}/*.{suffix}", user="user", item="item", time="time")
+    log = read_log(engine, config, table_location(config, "f"))
+    assert compute_value(engine, log.count()) == count
+    assert compute_value(engine, log.count(where=log.line != log.user + 1)) == 0
 
 
 def refuse(engine: PrepareEngine, path: Path | str, *parts: str, **columns: str) -> None:

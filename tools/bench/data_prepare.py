@@ -25,26 +25,29 @@ RAREC, BY_HAND = "rarec", "SQL by hand"
 TABLES = ("users", "items", "interactions")
 START = """
 SET memory_limit = '{memory}'; SET temp_directory = '{out}/spill'; SET preserve_insertion_order = false;
-CREATE TEMP VIEW raw AS SELECT "user", item, time FROM read_parquet('{log}/interactions/*.parquet');
+CREATE TEMP VIEW raw AS
+    SELECT "user", item, time, (file_index::BIGINT << 40) + file_row_number AS tie
+    FROM read_parquet('{log}/interactions/*.parquet');
 CREATE TEMP VIEW given AS FROM raw WHERE "user" IS NOT NULL AND item IS NOT NULL;
 """
 CODES = """
 CREATE TEMP TABLE users AS
-    SELECT id, (row_number() OVER (ORDER BY id) - 1)::INT AS code, ('0x' || substr(md5(id), 1, 7))::INT AS hash
+    SELECT id, (row_number() OVER (ORDER BY id) - 1)::INT AS code
     FROM (SELECT DISTINCT "user" AS id FROM given);
 CREATE TEMP TABLE items AS
     SELECT item AS id, (row_number() OVER (ORDER BY item) - 1)::INT AS code,
-        ('0x' || substr(md5(item::VARCHAR), 1, 7))::INT AS hash,
         coalesce(nullif(trim(regexp_replace(title, '\\s+', ' ', 'g')), ''), 'untitled item') AS title,
         coalesce(trim(regexp_replace(brand, '\\s+', ' ', 'g')), '') AS text
     FROM read_parquet('{log}/items.parquet') WHERE item IS NOT NULL;
 CREATE TEMP TABLE log AS
-    SELECT users.code AS "user", items.code AS item, time::DOUBLE AS time,
-        ((users.hash + 1)::BIGINT * (items.hash + 1) % 2147483647)::INT AS tie
+    SELECT users.code AS "user", items.code AS item, time::DOUBLE AS time, tie
     FROM given JOIN users ON given."user" = users.id JOIN items ON given.item = items.id;
 """
-DISTINCT = 'CREATE TEMP TABLE kept AS SELECT DISTINCT "user", item, tie, time FROM log'
-FIRST = 'CREATE TEMP TABLE kept AS SELECT "user", item, tie, min(time) AS time FROM log GROUP BY "user", item, tie'
+DISTINCT = 'CREATE TEMP TABLE kept AS SELECT "user", item, min(tie) AS tie, time FROM log GROUP BY "user", item, time'
+FIRST = """
+CREATE TEMP TABLE kept AS
+    SELECT "user", item, arg_min(tie, time) AS tie, min(time) AS time FROM log GROUP BY "user", item
+"""
 ENOUGH = 'DELETE FROM log WHERE "{0}" IN (SELECT "{0}" FROM log GROUP BY "{0}" HAVING count(*) < {1})'
 RESULT = """
 CREATE TEMP TABLE user_rows AS
@@ -55,7 +58,7 @@ CREATE TEMP TABLE item_rows AS
     FROM items SEMI JOIN log ON items.code = log.item;
 CREATE TEMP TABLE sequences AS
     SELECT user_rows.row AS user_row, item_rows.row AS item_row, time,
-        (row_number() OVER (PARTITION BY "user" ORDER BY time, tie, item) - 1)::INT AS position
+        (row_number() OVER (PARTITION BY "user" ORDER BY time, tie) - 1)::INT AS position
     FROM log JOIN user_rows ON log."user" = user_rows.code JOIN item_rows ON log.item = item_rows.code;
 CREATE TEMP TABLE lengths AS
     SELECT user_row, count(*)::INT AS length, CASE WHEN length >= 3 THEN length - 2 ELSE length END AS train_length

@@ -31,6 +31,8 @@ from rarec.storage.files import make_directory
 
 JSON_INTEGERS = ("UBIGINT", "BIGINT", "HUGEINT")
 """DuckDB's integer types of JSON values, which may exceed 64 bits."""
+ROW_COLUMNS = {"file_index", "file_row_number"}
+"""DuckDB's own columns of a Parquet table, unless a file has columns of these names."""
 COMPUTING = (
     "the preparation failed",
     "repair or rewrite the file if one is named; else free space in prepare.scratch",
@@ -61,7 +63,7 @@ class DuckDBEngine:
                 self._duckdb.execute(f"SET memory_limit = {_quoted(memory)}")
 
     def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
-        """See `PrepareEngine`. Parquet is scanned in place; other formats are copied first."""
+        """See `PrepareEngine`. Parquet is scanned in place; other formats are copied first, in their order."""
         if location.format == NAMED:
             remedy = "use prepare.engine: duckdb:///path/to/file, or another database, or set a path"
             raise UserError(f"{location.field('table')}: the engine duckdb has no {location.name}", remedy)
@@ -69,18 +71,20 @@ class DuckDBEngine:
             check_gzip(location)
             source = self._scan(location)
             check_columns(source.columns, roles, location)
-            in_place = location.format == "parquet" and not lines
-            if location.format == "parquet":
-                check_parquet(location, roles.values(), pages=True)
             select = [f"{source.columns[name]} AS {_identifier(role)}" for role, name in roles.items()]
-            if lines:
-                select.append("row_number() OVER () AS line")
-            # a scan then returns rows in file order
-            self._duckdb.execute(f"SET preserve_insertion_order = {lines}")
-            kind, name = ("VIEW", "view") if in_place else ("TABLE", "read")
-            query = f"SELECT {', '.join(select)} FROM {source.relation}"
-            table = self._create(kind, f"{name}_{location.short_section}", query)
-            self._duckdb.execute("SET preserve_insertion_order = false")
+            relation, line = source.relation, "rowid + 1"
+            if location.format == "parquet":
+                firsts = check_parquet(location, roles.values(), pages=True)
+                line = f"{firsts}[file_index::BIGINT + 1] + file_row_number"
+            if location.format != "parquet" or ROW_COLUMNS.intersection(map(str.lower, source.columns)):
+                relation, line = f"read_{location.short_section}", "rowid + 1"
+                self._duckdb.execute(f"SET preserve_insertion_order = {lines}")
+                self._create("TABLE", relation, f"SELECT {', '.join(select)} FROM {source.relation}")
+                self._duckdb.execute("SET preserve_insertion_order = false")
+                select = ["*"]
+            select += [f"{line} AS line"] * lines
+            query = f"SELECT {', '.join(select)} FROM {relation}"
+            table = self._create("VIEW", f"view_{location.short_section}", query)
         check_types(table, roles, location, source.mixed)
         return table
 

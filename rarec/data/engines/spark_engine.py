@@ -8,10 +8,11 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import ibis
 import ibis.expr.types as ir
@@ -28,7 +29,7 @@ try:
     from py4j.protocol import Py4JError
     from pyspark import SparkContext
     from pyspark.errors import PySparkException
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
     from pyspark.sql import functions as F
 except ImportError as missing:
     raise UserError(f"prepare.engine: spark needs PySpark ({missing})", "pip install 'rarec[spark]'") from None
@@ -84,18 +85,35 @@ class SparkEngine:
     def read(self, location: TableLocation, roles: Mapping[str, str], *, lines: bool = False) -> ir.Table:
         """See `PrepareEngine`. Parquet and catalog tables are read in place; text files are copied by the driver."""
         name = f"read_{location.short_section}"
-        if location.format != NAMED and (lines or location.format != "parquet"):
+        if location.format not in (NAMED, "parquet"):
             return self._copy(name, self._files.read(location, roles, lines=lines))
         with _explained(f"{location.name} cannot be read", "repair or convert the file"):
             frame = self._scan(location)
             check_columns(frame.columns, roles, location)
-            check_parquet(location, roles.values(), pages=False)
+            firsts = check_parquet(location, roles.values(), pages=False)
             columns = [F.col(_identifier(column)).alias(role) for role, column in roles.items()]
-            table = self._view(name, frame.select(*columns))
+            of_files = lines and location.format == "parquet"
+            frame = self._numbered(frame, columns, firsts) if of_files else frame.select(*columns)
+            table = self._view(name, frame)
         check_types(table, roles, location)
-        if lines:
+        if lines and location.format == NAMED:
             table = table.mutate(line=ibis.row_number().over(order_by=list(table.columns)) + 1)
         return table
+
+    def _numbered(self, frame: DataFrame, columns: Sequence[Column], firsts: Sequence[int]) -> DataFrame:
+        """Return columns of Parquet files, and the number of each row, `line`.
+
+        Args:
+            frame: the files as they are read.
+            columns: columns of the frame.
+            firsts: the number of each file's first row, in the order of the files' names.
+        """
+        files = sorted(frame.inputFiles(), key=unquote)  # URLs
+        first = self._session.createDataFrame(list(zip(files, firsts, strict=True)), "_file string, _first bigint")
+        own = frame.metadataColumn("_metadata")
+        rows = frame.select(*columns, own["file_path"].alias("_file"), own["row_index"].alias("_row"))
+        joined = rows.join(F.broadcast(first), "_file").withColumn("line", F.col("_first") + F.col("_row"))
+        return joined.drop("_file", "_first", "_row")
 
     def keep(self, name: str, expression: ir.Table) -> ir.Table:
         """See `PrepareEngine`."""

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import fsspec
@@ -88,7 +89,7 @@ def check_gzip(files: TableLocation) -> None:
     _for_each(_decompress, [path for path in files.paths if path.lower().endswith(".gz")])
 
 
-def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) -> None:
+def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) -> list[int]:
     """Check that every Parquet file of a table has the given columns, once each and of one type.
 
     Rows of a file without a column would have nulls there and would be dropped silently; of two columns of a name, or
@@ -99,13 +100,16 @@ def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) ->
         names: column names.
         pages: read the columns to compare the checksums of their pages, which DuckDB does not.
 
+    Returns:
+        The number of each file's first row in the whole table, from 1.
+
     Raises:
         UserError: a file lacks a column that others have, has it twice or with another type, or is damaged.
     """
     names = list(dict.fromkeys(names))
     first = dict[str, tuple[str, str]]()
-    schemas = _for_each(partial(_parquet_schema, names=names if pages else []), files.paths)
-    for path, schema in zip(files.paths, schemas, strict=True):
+    read = _for_each(partial(_read_parquet, names=names if pages else []), files.paths)
+    for path, (schema, _) in zip(files.paths, read, strict=True):
         for name in names:
             if schema.names.count(name) != 1:
                 problem = f"{path} has {schema.names.count(name)} columns named {name!r}"
@@ -115,6 +119,7 @@ def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) ->
             if kind != expected:
                 problem = f"{path}: column {name!r} holds {kind}, but in {file} {expected}"
                 raise UserError(problem, "write the column with one type in all files")
+    return list(accumulate((rows for _, rows in read), initial=1))[:-1]
 
 
 def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation) -> None:
@@ -205,14 +210,16 @@ def _decompress(path: str) -> None:
             pass
 
 
-def _parquet_schema(path: str, names: list[str]) -> pa.Schema:
-    """Return the schema of a Parquet file; read columns to their end, so that Arrow compares the pages' checksums."""
+def _read_parquet(path: str, names: list[str]) -> tuple[pa.Schema, int]:
+    """Return the schema and the number of rows of a Parquet file.
+
+    Columns are read to their end, so that Arrow compares the pages' checksums.
+    """
     with fsspec.open(path) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
-        schema: pa.Schema = parquet.schema_arrow
         try:
             for _ in parquet.iter_batches(columns=names) if names else ():
                 pass
         except pa.ArrowNotImplementedError:  # a compression or a type that only the engine knows
             pass
-    return schema
+        return parquet.schema_arrow, parquet.metadata.num_rows

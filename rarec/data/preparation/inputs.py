@@ -119,11 +119,18 @@ def read_catalogue(
 
 
 def read_log(engine: PrepareEngine, config: Interactions, location: TableLocation, *, lines: bool = False) -> ir.Table:
-    """Read the interactions as a raw log (see `steps`), with the column `line` if requested.
+    """Read the interactions as a raw log (see `steps`).
+
+    Args:
+        engine: engine that reads.
+        config: the section `prepare.interactions`.
+        location: the table.
+        lines: number the rows of a database's table too.
 
     Raises:
         UserError: the table has no rows; or see `PrepareEngine.read`.
     """
+    lines = lines or location.format != NAMED
     role, name = _order_column(config)
     read = engine.read(location, {"user": config.user, "item": config.item, role: name}, lines=lines)
     given = read[role]
@@ -186,7 +193,7 @@ def check_order(engine: PrepareEngine, config: Interactions, location: TableLoca
     count = compute_value(engine, log.order.isnull().sum())
     if not count:
         return
-    numbered = steps.drop_missing_ids(read_log(engine, config, location, lines=True))
+    numbered = log if "line" in log.columns else steps.drop_missing_ids(read_log(engine, config, location, lines=True))
     invalid, valid = (
         engine.rows(numbered.filter(fits).order_by("line").limit(1))
         for fits in (numbered.order.isnull(), numbered.order.notnull())

@@ -1,7 +1,7 @@
 """Prepare a dataset: read, filter, number, split and write the tables; every step is counted.
 
 Memory is bounded: the engine holds the tables and spills to disk, and results are streamed. The same input and settings
-give the same bytes on every engine and for every order of the log's rows.
+give the same bytes on every engine. The order of the log's rows matters among interactions of one user and time alone.
 """
 
 from collections.abc import Callable, Iterable

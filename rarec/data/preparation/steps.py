@@ -3,10 +3,10 @@
 Tables and their columns:
 
 - raw log: `user`, `item` (int64 or text), `given` (time or position as in the file), `order` (float64: seconds or the
-  position; null where `given` is invalid)
+  position; null where `given` is invalid), and of files `line` (number of the row, from 1)
 - catalogue: `line`, `item` (int64 or text), `title`, `text`
-- numbering of users and of items: `id`, `code` (from 0, in the order of the ids), `hash`
-- log: `user`, `item` (codes), `order`, `tie`
+- numbering of users and of items: `id`, `code` (from 0, in the order of the ids)
+- log: `user`, `item` (codes), `order`, `tie` (which orders interactions of one time)
 - sequences: `user_row`, `item_row`, `order`, `position` (from 0 in the user's order)
 - split: `row`, `length`, `train_length`, `validation`, `test`, one row per user. The first `train_length` interactions
   train: position t >= 1 is a training sample (history 0 to t-1, target t). `validation` and `test` are the positions of
@@ -23,14 +23,15 @@ import ibis.expr.types as ir
 
 PRIME = 2**31 - 1
 TIE_RULE = (
-    "a user's interactions stand in the order of time (or position); those at the same time by (U + 1)(I + 1) mod "
-    "2147483647, where U and I are the first seven hex digits of the md5 of the user's and the item's id, and then by "
-    "the item's id: the order of the rows in the file does not matter, and that of the ids does not show"
+    "a user's interactions are in the order of time (or position); those of one time in the order of the log's rows, "
+    "and of its files by name. A database's table has no order of rows: there those of one time are ordered by "
+    "(U + 1)(I + 1) mod 2147483647, where U and I are the first seven hex digits of the md5 of the user's and the "
+    "item's id, and then by the item's id"
 )
-"""Our own rule. Its text is part of every manifest: a change would change the bytes of prepared datasets.
+"""Part of every manifest, since a change changes prepared datasets.
 
-Log files are often sorted by item id, and ids by age or category: either order among ties would be a pattern that a
-sequence model learns and that no user followed (half of MovieLens-100K's steps are ties).
+A client that serves users from the same log keeps its order, and so gets the lists of the batch. The hash hides the
+order of the ids, which would be a pattern that a sequence model learns and that no user followed.
 """
 
 NO_TARGET = -1
@@ -62,10 +63,9 @@ def first_row_per_item(catalogue: ir.Table) -> ir.Table:
 
 
 def number_ids(ids: ir.Column) -> ir.Table:
-    """Assign a code and a hash to each distinct id; codes follow the order of the ids (text by code point)."""
+    """Assign a code to each distinct id, in the order of the ids (text by code point)."""
     distinct = ids.name("id").as_table().distinct().filter(ibis._.id.notnull())
-    code = ibis.row_number().over(ibis.window(order_by=distinct.id)).cast("int32")
-    return distinct.mutate(code=code, hash=text_hash(distinct.id.cast("string")))
+    return distinct.mutate(code=ibis.row_number().over(ibis.window(order_by=distinct.id)).cast("int32"))
 
 
 def encode_ids(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
@@ -79,18 +79,23 @@ def encode_ids(log: ir.Table, users: ir.Table, items: ir.Table) -> ir.Table:
     key = log["item"]
     if key.type() != items.id.type():  # one of them is text
         key, items = key.cast("string"), items.mutate(id=items.id.cast("string"))
-    users = users.select(user_id="id", user_code="code", user_hash="hash")
-    items = items.select(item_id="id", item_code="code", item_hash="hash")
-    log = log.select("user", "order", key=key)
+    ordered = "line" in log.columns
+    users, items = (
+        ids.select(
+            **{f"{unit}_id": ids.id, f"{unit}_code": ids.code},
+            **({} if ordered else {f"{unit}_hash": text_hash(ids.id.cast("string"))}),
+        )
+        for unit, ids in (("user", users), ("item", items))
+    )
+    log = log.select("user", "order", *["line"] * ordered, key=key)
     joined = log.inner_join(users, log.user == users.user_id).inner_join(items, log.key == items.item_id)
-    user, item = (column.cast("int64") + 1 for column in (joined.user_hash, joined.item_hash))
-    tie = (user * item) % PRIME
-    return joined.select("order", user=joined.user_code, item=joined.item_code, tie=tie.cast("int32"))
+    tie = joined.line if ordered else (joined.user_hash + 1) * (joined.item_hash + 1) % PRIME
+    return joined.select("order", user=joined.user_code, item=joined.item_code, tie=tie)
 
 
 def drop_duplicates(log: ir.Table) -> ir.Table:
-    """Keep one row per user, item and time."""
-    return log.distinct()
+    """Keep the first row per user, item and time."""
+    return log.group_by("user", "item", "order").agg(tie=log.tie.min())
 
 
 def drop_repeats(log: ir.Table, keep: Literal["first", "last", "runs"]) -> ir.Table:
@@ -99,8 +104,9 @@ def drop_repeats(log: ir.Table, keep: Literal["first", "last", "runs"]) -> ir.Ta
         before = log["item"].lag().over(ibis.window(group_by=log.user, order_by=user_order(log)))
         marked = log.mutate(before=before)
         return marked.filter(marked.before.isnull() | (marked.before != marked["item"])).drop("before")
-    order = log.order.min() if keep == "first" else log.order.max()
-    return log.group_by("user", "item", "tie").agg(order=order)
+    place = ibis.struct({"order": log.order, "tie": log.tie})
+    kept = log.group_by("user", "item").agg(place=place.min() if keep == "first" else place.max())
+    return kept.select("user", "item", order=kept.place["order"], tie=kept.place["tie"])
 
 
 def hold_back_new_items(log: ir.Table, items: ir.Table, share: float) -> ir.Table:
@@ -111,7 +117,7 @@ def hold_back_new_items(log: ir.Table, items: ir.Table, share: float) -> ir.Tabl
         items: numbering of the catalogue's items.
         share: share of the items, approximately.
     """
-    # a hash of its own: the hash of the ids already orders ties
+    # a hash of its own: that of the ids alone orders ties of a database's table
     new = items.filter(text_hash("new item " + items.id.cast("string")) < share * HASH_RANGE).select(item="code")
     newest_first = [column.desc() for column in user_order(log)]
     age = ibis.row_number().over(ibis.window(group_by=log.user, order_by=newest_first))
