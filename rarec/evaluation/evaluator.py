@@ -14,7 +14,8 @@ from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import World
 from rarec.evaluation.external import external_ranks
 from rarec.evaluation.fusion import fuse
-from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, ORACLE, WITHOUT, part_title
+from rarec.evaluation.lists import ListMetrics
+from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, LISTED, ORACLE, WITHOUT, part_title
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.ranking import CachedRanker, EvalBatch, NeighbourRanker, Ranker, VectorRanker, rank_users
 from rarec.storage.files import write_json
@@ -46,7 +47,7 @@ class Evaluator:
         self,
         config: RunConfig,
         dataset: PreparedDataset,
-        ids: Ranker,
+        ids: VectorRanker,
         neighbours: dict[str, NeighbourRanker],
         world: World,
         say: Callable[[str], None],
@@ -60,6 +61,7 @@ class Evaluator:
         self.external = external_ranks(config.evaluate.external, dataset, self.test, say)  # before hours of ranking
         self.ids: Ranker = CachedRanker(ids)
         self.cheap: dict[str, Ranker] = {**neighbours, "popularity": VectorRanker.of_counts(dataset.train_counts_N)}
+        self.lists = ListMetrics(dataset, ids.items_NZ)
         self.ranks: Ranks = {}
         self.validation_ranks: Ranks = {}
         self.fusions: dict[str, dict[str, Any]] = {}
@@ -114,7 +116,7 @@ class Evaluator:
         pairs = pairs_of_interest(self.ranks, main)
         examples = [self._example(number, row) for number, row in enumerate(self._example_rows)]
         tables: dict[str, Any] = {
-            "metrics.json": metric_rows(self.ranks, cutoffs, **self._bootstrap),
+            "metrics.json": metric_rows(self.ranks, cutoffs, **self._bootstrap) + self.lists.rows(**self._bootstrap),
             "validation.json": metric_rows(self.validation_ranks, cutoffs, **self._bootstrap),
             "comparisons.json": comparison_rows(self.ranks, pairs, cutoffs, **self._bootstrap),
             "strata.json": self._strata(),
@@ -180,12 +182,12 @@ class Evaluator:
         return {row: fusion.ranker}
 
     def _rank_both(self, rankers: dict[str, Ranker]) -> None:
-        """Rank validation and test users by rows that can be deployed."""
+        """Rank validation and test users by rows that can be deployed; describe the lists of the latter."""
         self.validation_ranks |= rank_users(self.validation, rankers, self.world)
-        self._rank(self.test, rankers)
+        self._rank(self.test, rankers, LISTED)
 
-    def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker]) -> None:
-        self.ranks |= rank_users(batch, rankers, self.world)
+    def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker], top: int = 0) -> None:
+        self.ranks |= rank_users(batch, rankers, self.world, top=top, listed=self.lists.add)
         for name in rankers:
             self.say(f"{name}: HR@10 {(self.ranks[name] <= 10).mean():.4f}, n = {len(self.ranks[name])}")
 

@@ -31,6 +31,9 @@ WITHOUT, ORACLE = "/without_", "/or_cheap"
 MINUS = " - "
 """Between two rows whose difference is a row of strata.json."""
 HEADLINE = ("hr@10", "hr@100", "ndcg@10", "mrr")
+LISTED = 10
+"""Length of the lists that these metrics describe, whether or not they hold the target."""
+COVERAGE, NOVELTY, DISTANCE = LIST_METRICS = tuple(f"{name}@{LISTED}" for name in ("coverage", "novelty", "distance"))
 FULL = "full"
 """The protocol: the full catalogue is ranked, without the user's earlier items; ties count against the model."""
 GROUPS = (
@@ -119,7 +122,7 @@ def primary_metric(metrics: Iterable[str]) -> str:
 
 def headline_metrics(metrics: Iterable[str]) -> list[str]:
     """Return the headline metrics that were computed; if fewer than two were, the first four of all."""
-    computed = set(metrics)
+    computed = set(metrics).difference(LIST_METRICS)
     headline = [metric for metric in HEADLINE if metric in computed]
     return headline if len(headline) > 1 else sorted(computed, key=metric_order)[:4]
 

@@ -4,12 +4,13 @@ Shape letters: U users, M metrics, R resamples in a batch.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Name = TypeVar("Name")
 
 SELECTED_BY = "ndcg@100"
 """The validation metric that selects the epoch of an ID model and the step of a variant. It covers the first hundred
@@ -70,7 +71,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_intervals(values: Mapping[str, Floats], resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+def mean_intervals(values: Mapping[Name, Floats], resamples: int = 2000, seed: int = 0) -> dict[Name, Interval]:
     """Return the means over users with their percentile bootstrap 95% intervals, of many metrics of the same users.
 
     All are on the same resamples. A resample is drawn once, as indices of users. Its means are (number of draws of each

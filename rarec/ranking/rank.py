@@ -107,7 +107,13 @@ class Scores(Protocol):
 
 
 def rank_scores(
-    scores: Scores, targets_B: Rows, seen: Sequence[Rows], *, first: int = 0, world: World = SINGLE
+    scores: Scores,
+    targets_B: Rows,
+    seen: Sequence[Rows],
+    *,
+    first: int = 0,
+    world: World = SINGLE,
+    best_BK: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return the rank of each user's target among all items that the user has not seen.
 
@@ -120,6 +126,8 @@ def rank_scores(
         seen: each user's item rows that do not compete, in any order, repeated or not. A target always competes.
         first: with a catalogue that is spread over ranks, the first of the rows that this rank scores.
         world: the ranks over which it is spread; all of them call this with the same users.
+        best_BK: filled with the rows of each user's K best unseen items, as `best_scores` returns them, from the same
+            scores; K is at most N, and the catalogue on one rank.
 
     Returns:
         Ranks (B,), 1 the best, at most N.
@@ -139,6 +147,8 @@ def rank_scores(
         user_S, item_S = np.divmod(once, scores.n_items)
         hit_S = (scores_CN[user_S, item_S] >= threshold_C1[user_S, 0]).cpu().numpy()
         ranks_B[part] = at_least_C - np.bincount(user_S[hit_S], minlength=len(at_least_C))
+        if best_BK is not None and best_BK.shape[1]:
+            best_BK[part], _ = _best(scores_CN, best_BK.shape[1], seen[part])
     return world.all_reduce_sum_(ranks_B)
 
 
@@ -183,12 +193,16 @@ def best_scores(scores: Scores, k: int, seen: Sequence[Rows]) -> tuple[npt.NDArr
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, scores.n_items):
-        scores_CN[_seen_pairs(seen[part])] = -torch.inf
-        best_CK, row_CK = largest(scores_CN, k)
-        row_CK[best_CK == -torch.inf] = -1
-        rows_BK[part] = row_CK.cpu().numpy()
-        scores_BK[part] = best_CK.cpu().numpy()
+        rows_BK[part], scores_BK[part] = _best(scores_CN, k, seen[part])
     return rows_BK, scores_BK
+
+
+def _best(scores_CN: torch.Tensor, k: int, seen: Sequence[Rows]) -> tuple[Rows, npt.NDArray[np.float32]]:
+    """Return the k best unseen items of a block's users; see `best_scores`. It changes the scores."""
+    scores_CN[_seen_pairs(seen)] = -torch.inf
+    best_CK, row_CK = largest(scores_CN, k)
+    row_CK[best_CK == -torch.inf] = -1
+    return row_CK.cpu().numpy(), best_CK.cpu().numpy()
 
 
 def largest(scores_CN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

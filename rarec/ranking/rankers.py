@@ -229,6 +229,8 @@ def rank_users(
     rankers: Mapping[str, Ranker],
     world: World = SINGLE,
     users_at_a_time: int = USERS_AT_A_TIME,
+    top: int = 0,
+    listed: Callable[[str, Ranks], object] = lambda name, best_BK: None,
 ) -> dict[str, Ranks]:
     """Return the rank of each target in the full catalogue, by every ranker.
 
@@ -240,6 +242,9 @@ def rank_users(
         rankers: by name.
         world: the processes that share each chunk; all of them must call this with the same arguments.
         users_at_a_time: size of a chunk.
+        top: number K of each user's best unseen items that are listed, from the same scores; 0 lists none.
+        listed: called on every process with a ranker's name and the item rows of a chunk's lists, (B, min(K, N)), as
+            `Ranker.top_k` returns them.
 
     Returns:
         Ranks (U,) by name, 1 the best; the same on every process.
@@ -250,16 +255,19 @@ def rank_users(
     ranks: dict[str, list[Ranks]] = {name: [np.empty(0, np.int64)] for name in rankers}
     for chunk in batch.chunks(users_at_a_time):
         for name, ranker in rankers.items():
-            ranks[name].append(_ranks_of_chunk(chunk, ranker, world))
+            scores = ranker.scored(chunk)  # by all ranks together: a sharded model must be called equally often
+            best_BK = np.zeros((scores.n_users, min(top, scores.n_items)), np.int64)
+            ranks[name].append(_ranks_of_chunk(chunk, scores, world, best_BK))
+            if top:
+                listed(name, world.all_reduce_sum_(best_BK))
     return {name: np.concatenate(parts) for name, parts in ranks.items()}
 
 
-def _ranks_of_chunk(chunk: EvalBatch, ranker: Ranker, world: World) -> Ranks:
-    """Rank this process's share of the chunk; exchange the ranks."""
+def _ranks_of_chunk(chunk: EvalBatch, scores: Scores, world: World, best_BK: Ranks) -> Ranks:
+    """Rank this process's share of the chunk, and fill its share of the best items; exchange the ranks."""
     own = slice(world.rank, None, world.size)
-    scores = ranker.scored(chunk)  # by all ranks together: a sharded model must be called equally often
     ranks_B = np.zeros(len(chunk.user_rows), np.int64)
-    ranks_B[own] = rank_scores(_Share(scores, own), chunk.targets[own], chunk.histories[own])
+    ranks_B[own] = rank_scores(_Share(scores, own), chunk.targets[own], chunk.histories[own], best_BK=best_BK[own])
     return world.all_reduce_sum_(ranks_B)
 
 

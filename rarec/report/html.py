@@ -17,6 +17,7 @@ from rarec.evaluation.results import (
     FUSED,
     GROUPS,
     ID_ONLY,
+    LIST_METRICS,
     MINUS,
     Finding,
     baselines,
@@ -85,7 +86,8 @@ def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
     main = config.main_variant.name
     variants = sorted({variant for variant, _ in files.cells}, key=variant_order)
     plain = [variant for variant in variants if "/" not in variant]
-    metrics = sorted({metric for _, metric in files.cells}, key=metric_order)
+    listed = {variant for variant, metric in files.cells if metric in LIST_METRICS}
+    metrics = sorted({metric for _, metric in files.cells}.difference(LIST_METRICS), key=metric_order)
     headline = headline_metrics(metrics)
     first = [f for f in files.findings if f.metric == files.primary and "/" not in f.variant + f.baseline]
     others = [finding for finding in files.findings if finding not in first]
@@ -100,6 +102,7 @@ def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
         "sanity_checks": sanity_checks(files, main),
         "headline": _table(files, headline, plain),
         "everything": _table(files, metrics, variants),
+        "lists": _table(files, LIST_METRICS, [variant for variant in variants if variant in listed]),
         "parts": parts_worth(files, files.fusion, main, headline),
         "first": first,
         "others": sorted(others, key=lambda finding: metric_order(finding.metric)),
