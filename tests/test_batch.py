@@ -16,6 +16,7 @@ from rarec.bundle import users
 from rarec.bundle.users import open_log, recommend_all
 from rarec.errors import UserError
 from tests.ranks import ROOT, free_port
+from tests.recommending import batch_of, tied_log
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,49 @@ def test_every_user_is_served_however_few_the_purchases(recommender, tmp_path):
     pd.DataFrame(rows, columns=["customer", "item", "time"]).to_csv(tmp_path / "log.csv", index=False)
     result = histories(recommender, str(tmp_path / "log.csv"), user="customer")
     assert result == {"a": [known[2]], "b": [known[0], known[1]]}
+
+
+def renamed(path: Path, items: list[str], *names: str) -> str:
+    """Write a log of one user with columns of these names; return its path."""
+    rows = [("b", items[1], 2, "x"), ("b", items[0], 1, "y")]
+    pd.DataFrame([row[: len(names)] for row in rows], columns=names).to_csv(path, index=False)
+    return str(path)
+
+
+def test_usual_columns_need_no_name(recommender, tmp_path, capsys):
+    log = renamed(tmp_path / "log.csv", recommender.items, "Customer_ID", "sku", "timestamp", "country")
+    assert histories(recommender, log) == {"b": recommender.items[:2]}
+    said = "the user is in column 'Customer_ID', the item is in column 'sku', the time is in column 'timestamp'"
+    assert said in capsys.readouterr().out
+    assert histories(recommender, log, item="sku") == {"b": recommender.items[:2]}
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "missing"),
+    [
+        (("user", "sku", "time", "product_id"), {}, "'item'"),  # either may be the item
+        (("user", "title", "time"), {}, "'item'"),
+        (("user_id", "item", "time"), {"user": "visitor"}, "'visitor'"),
+        (("user", "item", "position"), {}, "'time'"),
+    ],
+)
+def test_a_column_that_may_be_another_or_was_named_is_not_guessed(recommender, tmp_path, names, given, missing):
+    log = renamed(tmp_path / "log.csv", recommender.items, *names)
+    with pytest.raises(UserError, match=f"has no column {missing}"):
+        histories(recommender, log, **given)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "parquet", "jsonl"])
+def test_users_of_a_log_full_of_ties_get_what_a_client_gets_that_keeps_its_order(recommender, tmp_path, suffix, capsys):
+    expected = tied_log(tmp_path / "log", recommender.items, suffix)
+    assert histories(recommender, str(tmp_path / "log")) == expected
+    batch = batch_of(recommender, tmp_path / "log")
+    online = recommender.recommend(list(expected.values()), 10)
+    assert list(batch) == list(expected)
+    assert [[item.item for item in own] for own in batch.values()] == [[item.item for item in own] for own in online]
+    cli_bundle.recommend(recommender.bundle.directory, user="t007", log=str(tmp_path / "log"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [item.item for item in batch["t007"]]
 
 
 @pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])

@@ -1,5 +1,6 @@
 """One preparation, many engines: the same files, byte for byte; and tables by name, and files behind URLs."""
 
+import hashlib
 import re
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -108,17 +109,24 @@ def test_what_a_text_means_as_a_time_is_ours_to_say(tmp_path: Path, engine: str)
     assert f"{len(NO_TIMES)} such rows" in caught.value.problem  # and no other
 
 
-def database(folder: Path, kind: str) -> str:
+def database(folder: Path, kind: str, log: list[Any] = LOG, items: list[Any] = CATALOGUE) -> str:
     """The log and the catalogue as tables of a database; returns the engine's URL."""
     path = folder / f"shop.{kind}"
     connection = sqlite3.connect(path) if kind == "sqlite" else duckdb.connect(str(path))
     connection.execute("CREATE TABLE log (who TEXT, what TEXT, bought BIGINT)")
-    connection.executemany("INSERT INTO log VALUES (?, ?, ?)", LOG)
+    connection.executemany("INSERT INTO log VALUES (?, ?, ?)", log)
     connection.execute("CREATE TABLE items (item TEXT, title TEXT, brand TEXT, year TEXT)")
-    connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?)", CATALOGUE)
+    connection.executemany("INSERT INTO items VALUES (?, ?, ?, ?)", items)
     connection.commit()
     connection.close()
     return f"{kind}://{path}"
+
+
+def register(log: list[Any], items: list[Any]) -> None:
+    """The same as tables of Spark."""
+    columns = "item string, title string, brand string, year string"
+    spark_session().createDataFrame(log, "who string, what string, bought bigint").createOrReplaceTempView("log")
+    spark_session().createDataFrame(items, columns).createOrReplaceTempView("items")
 
 
 def of_tables(engine: str, **more: str) -> Prepare:
@@ -138,6 +146,30 @@ def test_tables_of_a_database_are_read_by_name(tmp_path: Path, kind: str) -> Non
     assert str(tmp_path) not in (tmp_path / "out" / "prepare" / "manifest.json").read_text(), (
         "a URL may hold a password"
     )
+
+
+def tie(user: str, item: str) -> int:
+    """The stated rule, by hand."""
+    of_user, of_item = (int(hashlib.md5(text.encode()).hexdigest()[:7], 16) + 1 for text in (user, item))
+    return of_user * of_item % 2147483647
+
+
+@pytest.mark.parametrize("kind", ["duckdb", "sqlite", pytest.param("spark", marks=needs_spark)])
+def test_a_table_has_no_order_and_its_ties_follow_neither_the_ids_nor_the_rows(tmp_path: Path, kind: str) -> None:
+    names = [f"i{number:02d}" for number in range(30)]
+    sequences = []
+    for rows in (names, names[::-1]):
+        log, items = [("u", name, 5) for name in rows], [(name, "t", "", "") for name in rows]
+        folder = tmp_path / rows[0]
+        folder.mkdir()
+        config = of_tables(kind if kind == "spark" else database(folder, kind, log, items))
+        if kind == "spark":
+            register(log, items)
+            config = on(kind, config)
+        dataset = run(config, folder / "out")
+        sequences.append([names[row] for row in dataset.item_rows_I])
+    assert sequences == [sorted(names, key=lambda name: tie("u", name))] * 2
+    assert sequences[0] not in (names, names[::-1])
 
 
 @pytest.mark.parametrize("kind", ["duckdb", "sqlite"])
@@ -167,9 +199,7 @@ def test_a_column_of_a_wrong_type_is_refused_by_its_table_and_a_view_may_convert
 
 @needs_spark
 def test_a_registered_table_of_spark_is_read_by_name(tmp_path: Path) -> None:
-    columns = "item string, title string, brand string, year string"
-    spark_session().createDataFrame(LOG, "who string, what string, bought bigint").createOrReplaceTempView("log")
-    spark_session().createDataFrame(CATALOGUE, columns).createOrReplaceTempView("items")
+    register(LOG, CATALOGUE)
     dataset = run(on("spark", of_tables("spark")), tmp_path / "out")
     assert dataset.item_rows_I.tolist() == [0, 1, 2, 3, 1, 0, 2]
 

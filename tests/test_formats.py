@@ -28,7 +28,7 @@ from rarec.storage.artefacts import read_manifest, write_manifest
 from rarec.storage.files import read_json, write_json
 from tests.conftest import CONFIG
 from tests.engines import needs_spark, spark_session
-from tests.recommending import exported, histories
+from tests.recommending import batch_of, exported, histories, tied_log
 from tests.serving import service
 from tests.synthetic import write_llm, write_log
 
@@ -110,15 +110,17 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
 
 
 @pytest.mark.slow
-def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, everyone):
+def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, tmp_path):
+    """And gives users of a log full of ties what the batch gives them."""
+    everyone = list(tied_log(tmp_path / "log", recommender.items).values())
     hidden = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "sklearn", "scipy"]
     with service(served, "--backend", "onnx", hidden=hidden) as started:
-        answer = httpx.post(f"{started.url}/v1/recommend", json={"histories": everyone[:20]}, timeout=60).json()
+        answer = httpx.post(f"{started.url}/v1/recommend", json={"histories": everyone}, timeout=60).json()
         refused = httpx.post(f"{started.url}/v1/compare", json={"history": []}, timeout=60)
     result = [
         [(entry["item"], entry["title"], entry["score"]) for entry in user["items"]] for user in answer["results"]
     ]
-    assert same(result, recommender.recommend(everyone[:20]).items)
+    assert same(result, batch_of(recommender, tmp_path / "log").values())
     assert (refused.status_code, "--backend torch" in refused.json()["remedy"]) == (501, True)
 
 
@@ -374,6 +376,9 @@ def test_a_bundle_with_its_language_model_needs_nothing_else(run, everyone, reco
 @needs_spark
 @pytest.mark.slow
 def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyone, monkeypatch, tmp_path):
+    from pyspark.sql import functions
+
+    from rarec.export import spark
     from rarec.export.spark import recommend
 
     session = spark_session()
@@ -386,6 +391,21 @@ def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyo
         own = result[result.user == f"user {at}"]
         assert own["rank"].tolist() == list(range(1, 6))
         assert same([list(zip(own["item"], own["title"], own["score"], strict=True))], [items])
+    tied_log(tmp_path / "log", recommender.items, "parquet")
+    example = str(spark.__doc__).partition("```python\n")[2].partition("```")[0]
+    names = {
+        "spark": session,
+        "F": functions,
+        "log": str(tmp_path / "log"),
+        "served": served,
+        "top": str(tmp_path / "top"),
+    }
+    exec(example, names)
+    top = session.read.parquet(str(tmp_path / "top")).toPandas().sort_values(["user", "rank"])
+    batch = batch_of(recommender, tmp_path / "log")
+    found = [list(zip(own["item"], own["title"], own["score"], strict=True)) for _, own in top.groupby("user")]
+    assert list(top.user.unique()) == list(batch)
+    assert same(found, batch.values())
     again = shutil.copytree(served, tmp_path / served.name)  # another folder of the same name, in the same session
     write_json(again / "client.json", {**read_json(again / "client.json"), "neighbours": {}})
     with pytest.raises(UserError, match=r"client\.json was altered"):

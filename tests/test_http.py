@@ -26,7 +26,7 @@ from rarec.serve.engines import Answer, Batcher, Busy, Closed
 from rarec.serve.guard import Rates, forget_ended_workers
 from rarec.serve.settings import ServeSettings, read_settings, settings_of
 from rarec.storage.artefacts import MANIFEST
-from tests.recommending import histories
+from tests.recommending import batch_of, histories, tied_log
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,14 @@ def test_recommendations_are_those_of_the_bundle(run, client, recommender):
         assert [pairs(one["items"]) for one in found["results"]] == [list(map(tuple, one)) for one in expected]
         assert [one["unknown"] for one in found["results"]] == expected.unknown
     assert (found["bundle"], found["version"]) == ("default", recommender.bundle.manifest["hash"][:12])
+
+
+def test_users_of_a_log_full_of_ties_get_what_the_batch_gives_them(client, recommender, tmp_path):
+    users = list(tied_log(tmp_path / "log", recommender.items).values())
+    chunks = [post(client, "recommend", histories=users[start : start + 50]) for start in range(0, len(users), 50)]
+    batch = batch_of(recommender, tmp_path / "log").values()
+    found = [pairs(user["items"]) for chunk in chunks for user in chunk["results"]]
+    assert found == [list(map(tuple, own)) for own in batch]
 
 
 @pytest.mark.parametrize(

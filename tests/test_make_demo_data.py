@@ -55,6 +55,19 @@ def test_the_slice_holds_first_purchases_of_the_chosen_customers_in_time_order(t
         assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_purchases_of_one_minute_are_shuffled_whatever_the_order_of_the_table(tmp_path, monkeypatch):
+    once = [(CHOSEN, item, FIRST_DAY) for item in "abcde"]
+    slices = []
+    for name, log in (("sorted", once), ("reversed", once[::-1])):
+        (tmp_path / name).mkdir()
+        write_tables(tmp_path / name / "tables", log)
+        run(monkeypatch, tmp_path / name / "tables", tmp_path / name / "made")
+        slices.append((tmp_path / name / "made/interactions.csv.gz").read_bytes())
+    products = [line.split(",")[1] for line in gzip.decompress(slices[0]).decode().split()[1:] if "," in line]
+    assert slices[0] == slices[1]
+    assert products == sorted("abcde", key=lambda item: make_demo_data.shuffled_place(CHOSEN, item)) != list("abcde")
+
+
 def test_a_missing_table_is_named_and_nothing_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"interactions\.parquet"):
         run(monkeypatch, tmp_path, tmp_path / "made")

@@ -5,7 +5,8 @@
 TABLES/interactions.parquet holds user_id, item_id and timestamp (seconds), TABLES/items.parquet item_id and title: the
 invoices of 2009 to 2011 without rows that name no customer, returns, and codes that are no products. The slice holds
 the purchases since 1 December 2010 of every second customer, chosen by a hash of the customer's number. Of a customer
-and product the first purchase counts; customers with fewer than 5 products are left out.
+and product the first purchase counts; customers with fewer than 5 products are left out. A customer's purchases of one
+minute are shuffled by a hash of customer and product: sorted by product, they would show an order that nobody followed.
 
 The same tables give the same bytes with the same zlib.
 """
@@ -15,6 +16,7 @@ import csv
 import gzip
 import hashlib
 import io
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +50,12 @@ def is_chosen(customer: int) -> bool:
     return hashlib.sha256(str(customer).encode()).digest()[-1] % 2 == 0
 
 
+def shuffled_place(customer: int, product: str) -> int:
+    """Return a number by which a customer's purchases of one minute are sorted."""
+    digits = (int(hashlib.md5(str(name).encode()).hexdigest()[:7], 16) for name in (customer, product))
+    return math.prod(number + 1 for number in digits) % (2**31 - 1)
+
+
 def first_purchases(log: pa.Table) -> pa.Table:
     """Return customer, product and time of each chosen customer's first purchase of a product, in time order."""
     customers = [customer for customer in log["user_id"].unique().to_pylist() if is_chosen(customer)]
@@ -56,8 +64,10 @@ def first_purchases(log: pa.Table) -> pa.Table:
     first = log.filter(pc.and_(chosen, recent)).group_by(["user_id", "item_id"]).aggregate([("timestamp", "min")])
     sizes = first.group_by("user_id").aggregate([("item_id", "count")])
     kept = sizes.filter(pc.greater_equal(sizes["item_id_count"], FEWEST_PRODUCTS))["user_id"]
-    order = [("timestamp_min", "ascending"), ("user_id", "ascending"), ("item_id", "ascending")]
-    return first.filter(pc.is_in(first["user_id"], kept)).sort_by(order)
+    first = first.filter(pc.is_in(first["user_id"], kept)).select(["user_id", "item_id", "timestamp_min"])
+    places = map(shuffled_place, first["user_id"].to_pylist(), first["item_id"].to_pylist())
+    order = [(name, "ascending") for name in ("timestamp_min", "user_id", "place", "item_id")]
+    return first.append_column("place", pa.array(places)).sort_by(order).drop_columns("place")
 
 
 def csv_bytes(header: list[str], rows: Iterable[Iterable[object]]) -> bytes:

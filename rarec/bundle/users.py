@@ -9,7 +9,7 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from rarec.bundle.recommender import Recommender
 from rarec.config.schema import Interactions, Prepare
 from rarec.console.progress import track
 from rarec.data.engines import PrepareEngine, compute_value, open_engine
+from rarec.data.engines.table_checks import MissingColumn
 from rarec.data.engines.table_files import find_files, hash_files
 from rarec.data.preparation import steps
 from rarec.data.preparation.inputs import check_order, read_log, table_location, use_same_ids
@@ -42,6 +43,13 @@ from rarec.storage.files import atomic_write, fsync, open_to_lock, sha256_file, 
 
 Say = Callable[[str], None]
 PARTS = "parts"
+USUAL_COLUMNS = {
+    "user": {"user", "user_id", "userid", "customer", "customer_id"},
+    "item": {"item", "item_id", "itemid", "product", "product_id", "sku"},
+    "time": {"time", "timestamp", "datetime", "date", "bought_at", "created_at"},
+    "position": {"position", "rank"},
+}
+"""Usual names of a log's columns, in lower case, by role: one is taken where that of the training is missing."""
 
 
 @contextmanager
@@ -58,6 +66,7 @@ def open_log(
         log: path of the log.
         say: print one line to the user.
         columns: names of columns that differ from those of the log of the training: `user`, `item`, `time`, `position`.
+            One that is missing and not named here is replaced by the only column with a usual name; it says so.
         user: open this user alone.
 
     Raises:
@@ -70,7 +79,7 @@ def open_log(
     ):
         items = Path(scratch, ITEMS)
         bundle.catalogue.write(items)  # as it was checked; the file may be another by now
-        table = engine.keep("histories", _read(engine, prepare, items, say, user))
+        table = engine.keep("histories", _read(engine, prepare, items, columns, say, user))
         yield int(compute_value(engine, table.user_row.nunique())), _users(engine, table)
 
 
@@ -83,15 +92,17 @@ def _users(engine: PrepareEngine, table: ir.Table) -> Iterator[tuple[Id, Rows]]:
         yield user, np.array([item for *_, item in own], np.int64)
 
 
-def _read(engine: PrepareEngine, prepare: Prepare, items: Path, say: Say, user: str | None) -> ir.Table:
-    log = engine.keep("given", _read_log(engine, prepare, user))
+def _read(
+    engine: PrepareEngine, prepare: Prepare, items: Path, columns: Columns, say: Say, user: str | None
+) -> ir.Table:
+    log = engine.keep("given", _read_log(engine, prepare.interactions, columns, say, user))
     users = engine.keep("user_codes", steps.number_ids(log.user))
     catalogue = engine.read(find_files(str(items), "items"), {"item": "item_id"}, lines=True)
     codes = engine.keep("item_codes", steps.number_ids(catalogue["item"]))
     rows = catalogue.select(id="item", row=catalogue.line - 1).inner_join(codes, "id").select("code", "row")
     coded = engine.keep("log", steps.encode_ids(log, users, codes))
     _say_unknown(engine, prepare.interactions, log, coded, catalogue, say)
-    if prepare.duplicates == "drop":
+    if prepare.drops_duplicates:
         coded = steps.drop_duplicates(coded)
     if prepare.repeats != "keep":
         coded = steps.drop_repeats(coded, prepare.repeats)
@@ -113,17 +124,38 @@ def _say_unknown(
             say(f"{given - known:,} of {given:,} {unit}s are {text}: left out")
 
 
-def _read_log(engine: PrepareEngine, prepare: Prepare, user: str | None) -> ir.Table:
+def _read_log(engine: PrepareEngine, config: Interactions, columns: Columns, say: Say, user: str | None) -> ir.Table:
     """Return the raw log, or the rows of one user."""
-    config = prepare.interactions
     location = replace(table_location(config, "log"), section="prepare.interactions")  # as `--columns` is known by
-    log = steps.drop_missing_ids(read_log(engine, config, location))
+    taken: dict[str, str] = {}
+    while True:
+        try:
+            log = steps.drop_missing_ids(read_log(engine, config, location))
+            break
+        except MissingColumn as missing:
+            taken[missing.role] = _usual_column(missing, {*columns, *taken})
+            config = config.model_copy(update=taken)
+    if taken:
+        say(f"{config.path}: " + ", ".join(f"the {role} is in column {name!r}" for role, name in taken.items()))
     check_order(engine, config, location, log)
     if user is not None:
         log = engine.keep("of_user", log.filter(log.user.cast("string") == user))
         if not compute_value(engine, log.count()):
             raise UserError(f"user {user!r} is not in {config.path}", f"name one of its column {config.user}")
     return log
+
+
+def _usual_column(missing: MissingColumn, chosen: Collection[str]) -> str:
+    """Return the one column with a usual name for a role whose column is missing; raise what is missing otherwise.
+
+    Args:
+        missing: says which.
+        chosen: roles whose columns were named, or have been chosen.
+    """
+    usual = [name for name in missing.columns if name.lower() in USUAL_COLUMNS[missing.role]]
+    if len(usual) != 1 or missing.role in chosen:
+        raise missing
+    return usual[0]
 
 
 def recommend_all(

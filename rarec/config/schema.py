@@ -153,6 +153,11 @@ class Prepare(Section):
     run, or keep all."""
     split: Split = Split()
 
+    @property
+    def drops_duplicates(self) -> bool:
+        """Whether one row per user, item and time is kept."""
+        return self.duplicates == "drop" or self.repeats != "keep"
+
 
 class Shards(Section):
     """Training samples: which are kept [N], and how they are laid out."""

@@ -3,10 +3,13 @@
 ```python
 from rarec.export.spark import recommend
 
-ordered = F.array_sort(F.collect_list(F.struct("time", "sku"))).getField("sku")
-histories = log.groupBy("user").agg(ordered.alias("items"))
-recommend(histories, "served/", k=10).write.parquet("top.parquet")
+rows = spark.read.parquet(log).select("user", "item", "time", "_metadata.file_path", "_metadata.row_index")
+ordered = F.array_sort(F.collect_list(F.struct("time", "file_path", "row_index", "item"))).getField("item")
+histories = rows.groupBy("user").agg(ordered.alias("items"))
+recommend(histories, served, k=10).write.parquet(top)
 ```
+
+So events of one time keep the order of the log's files and rows, as in `rarec recommend --all`.
 """
 
 import hashlib

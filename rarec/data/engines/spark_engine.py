@@ -110,8 +110,8 @@ class SparkEngine:
         """
         files = sorted(frame.inputFiles(), key=unquote)  # URLs
         first = self._session.createDataFrame(list(zip(files, firsts, strict=True)), "_file string, _first bigint")
-        own = frame.metadataColumn("_metadata")
-        rows = frame.select(*columns, own["file_path"].alias("_file"), own["row_index"].alias("_row"))
+        row = frame.metadataColumn("_metadata")["row_index"]
+        rows = frame.select(*columns, F.input_file_name().alias("_file"), row.alias("_row"))
         joined = rows.join(F.broadcast(first), "_file").withColumn("line", F.col("_first") + F.col("_row"))
         return joined.drop("_file", "_first", "_row")
 

@@ -122,18 +122,33 @@ def check_parquet(files: TableLocation, names: Iterable[str], *, pages: bool) ->
     return list(accumulate((rows for _, rows in read), initial=1))[:-1]
 
 
+class MissingColumn(UserError):
+    """A table lacks the column of a role.
+
+    Args:
+        role: the role.
+        name: the column that it should have.
+        columns: the columns that it has.
+        location: the table.
+    """
+
+    def __init__(self, role: str, name: str, columns: Sequence[str], location: TableLocation) -> None:
+        self.role, self.columns = role, columns
+        hint = nearest(name, columns, listed=False)
+        problem = f"{location.name} has no column {name!r} ({location.field(role)}){hint}"
+        super().__init__(problem, f"its columns: {', '.join(columns)}")
+
+
 def check_columns(columns: Iterable[str], roles: Mapping[str, str], location: TableLocation) -> None:
     """Check that the column of every role exists.
 
     Raises:
-        UserError: a column is missing; the message suggests the nearest name and lists the columns.
+        MissingColumn: a column is missing; the message suggests the nearest name and lists the columns.
     """
     columns = list(columns)
     for role, name in roles.items():
         if name not in columns:
-            hint = nearest(name, columns, listed=False)
-            problem = f"{location.name} has no column {name!r} ({location.field(role)}){hint}"
-            raise UserError(problem, f"its columns: {', '.join(columns)}")
+            raise MissingColumn(role, name, columns, location)
 
 
 def check_types(

@@ -158,7 +158,7 @@ class _Preparation:
         """Drop duplicates, repeats and held-back items; then users and items with too few interactions, repeatedly."""
         config, keep = self.config, self.engine.keep
         same = {unit: self.counts[unit] for unit in ("users", "items")}  # every user and item keeps a row
-        if config.duplicates == "drop":
+        if config.drops_duplicates:
             log = keep("log", steps.drop_duplicates(self.log))
             self._apply("duplicates", log, "same user, item and time again", "", **same)
         if config.repeats != "keep":

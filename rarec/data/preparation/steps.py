@@ -47,7 +47,8 @@ Column = Literal["user", "item"]
 def text_hash(text: ir.StringColumn) -> ir.IntegerColumn:
     """Return the first seven hex digits of the md5 of a text as an integer, the same on every engine."""
     digest, digits = text.hexdigest("md5"), ibis.literal("0123456789abcdef")
-    values = (digits.find(digest.substr(place, 1)).cast("int64") * 16 ** (6 - place) for place in range(7))
+    places = (digits.find(digest.substr(place, 1)).cast("int32") for place in range(7))
+    values = (place.cast("int64") * 16 ** (6 - index) for index, place in enumerate(places))  # Spark finds 32 bits
     return sum(values, ibis.literal(0))
 
 
@@ -99,14 +100,20 @@ def drop_duplicates(log: ir.Table) -> ir.Table:
 
 
 def drop_repeats(log: ir.Table, keep: Literal["first", "last", "runs"]) -> ir.Table:
-    """Keep one row per user and item (the first or last), or, with `runs`, the first of consecutive equal items."""
+    """Keep one row per user and item (the first or last), or, with `runs`, the first of consecutive equal items.
+
+    Args:
+        log: with one row per user, item and time.
+        keep: see `prepare.repeats`.
+    """
     if keep == "runs":
         before = log["item"].lag().over(ibis.window(group_by=log.user, order_by=user_order(log)))
         marked = log.mutate(before=before)
         return marked.filter(marked.before.isnull() | (marked.before != marked["item"])).drop("before")
-    place = ibis.struct({"order": log.order, "tie": log.tie})
-    kept = log.group_by("user", "item").agg(place=place.min() if keep == "first" else place.max())
-    return kept.select("user", "item", order=kept.place["order"], tie=kept.place["tie"])
+    kept = log.group_by("user", "item")
+    if keep == "first":
+        return kept.agg(order=log.order.min(), tie=log.tie.argmin(log.order))
+    return kept.agg(order=log.order.max(), tie=log.tie.argmax(log.order))
 
 
 def hold_back_new_items(log: ir.Table, items: ir.Table, share: float) -> ir.Table:
