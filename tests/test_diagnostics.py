@@ -169,7 +169,7 @@ def test_shares_are_those_of_the_weights_that_transformers_returns(kind):
     shares = slot_shares(model, "user", [batch, batch])
     assert before == "sdpa"
     assert trunk.config._attn_implementation == before
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.backbone.blocks.modules())
+    assert not any(module._forward_hooks for module in model.backbone.blocks.modules())
     trunk.set_attn_implementation("eager")
     slots_LBKD, _ = model.user.alignment(batch.vectors)
     with torch.no_grad(), model.backbone.injector.inject(Slots(slots_LBKD, batch.positions_BK, (0, 1))):

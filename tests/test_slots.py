@@ -11,8 +11,10 @@ Shape letters: B batch, T text positions, S slots, P = S + T positions, L blocks
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def make_ids(positions, seed=2):
     return torch.randint(0, 200, (BATCH, positions), generator=torch.Generator().manual_seed(seed))
 
 
-def leftover_hooks(model):
+def hooks(model):
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
@@ -255,7 +257,7 @@ def two_towers(backbone, runs):
     gradients = torch.autograd.grad(loss, [user.slots_LBKD, item.slots_LBKD], retain_graph=True)
     again = torch.autograd.grad(loss, [user.slots_LBKD, item.slots_LBKD])
     handle.remove()
-    assert leftover_hooks(backbone) == 0
+    assert backbone.injector.current is None
     return loss, [*gradients, *again]
 
 
@@ -308,15 +310,16 @@ def test_a_block_that_is_recomputed_with_its_hooks_gets_its_own_slots():
     torch.testing.assert_close(toy_gradients(recompute=True), toy_gradients(recompute=False))
 
 
-# ---- hooks come and go
+# ---- slots come and go
 
 
-def test_hooks_are_gone_after_a_pass_and_after_an_error():
+def test_slots_are_gone_after_a_pass_and_after_an_error():
     backbone, ids_BP = make_backbone("llama"), make_ids(TEXT)
+    assert hooks(backbone) == BLOCKS
     mask_BP, slots = torch.ones_like(ids_BP), make_slots([0, 1])
     plain = backbone(ids_BP, mask_BP)
     backbone(ids_BP, mask_BP, slots)
-    assert leftover_hooks(backbone) == 0
+    assert hooks(backbone) == BLOCKS
 
     faults = [
         (IndexError, ids_BP + 10_000, slots),  # inside the model, before its blocks
@@ -327,6 +330,25 @@ def test_hooks_are_gone_after_a_pass_and_after_an_error():
     for error, ids, wrong in faults:
         with pytest.raises(error):
             backbone(ids, mask_BP, wrong)
-        assert leftover_hooks(backbone) == 0
+        assert hooks(backbone) == BLOCKS
         assert backbone.injector.current is None
     torch.testing.assert_close(backbone(ids_BP, mask_BP), plain, atol=0, rtol=0)
+
+
+def test_slots_of_one_thread_reach_no_other():
+    """Two passes that overlap in every block: each waits there for the other."""
+    backbone, ids_BP = make_backbone("bert"), make_ids(TEXT)
+    mask_BP, given = torch.ones_like(ids_BP), [make_slots([0, 1]), make_slots([2, 3], blocks=(1,), seed=9), None]
+    expected = [backbone(ids_BP, mask_BP, slots) for slots in given]
+    barrier = Barrier(len(given), timeout=60)
+
+    def meet(*_):
+        barrier.wait()
+
+    for block in backbone.blocks:
+        block.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(len(given)) as threads:
+        together = list(threads.map(lambda slots: backbone(ids_BP, mask_BP, slots), given))
+    for alone_BTD, hidden_BTD in zip(expected, together, strict=True):
+        torch.testing.assert_close(hidden_BTD, alone_BTD)
+    assert not torch.allclose(expected[0], expected[1])

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +41,23 @@ RowsOfUsers = Sequence[npt.NDArray[np.integer]]
 """Item rows of each user, oldest first."""
 _OTHER_ROW = "export a row with a variant: VARIANT+id"
 
+if TYPE_CHECKING:
+    once = cached_property
+else:
+
+    class once(cached_property):
+        """A cached property that one thread computes while others wait. One lock for all: it may load a model."""
+
+        lock = RLock()
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            """Return the value; called until it is there."""
+            with self.lock:
+                return super().__get__(instance, owner)
+
 
 class Parts:
-    """The rankers of a bundle; each is opened when it is first used.
+    """The rankers of a bundle; each is opened when it is first used, by any thread.
 
     Args:
         bundle: an opened bundle.
@@ -58,19 +74,19 @@ class Parts:
         self._llm = llm or (str(bundle.llm) if bundle.llm else None)
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
 
-    @cached_property
+    @once
     def rankers(self) -> dict[str, Ranker]:
         """The parts of the row that is served, by name."""
         return {name: self._part(name) for name in self.bundle.facts["parts"]}
 
-    @cached_property
+    @once
     def ranker(self) -> FusedRanker:
         """The row that is served: the weighted sum of its parts."""
         parts = self.bundle.facts["parts"].values()
         weights, slopes = (tuple(part[key] for part in parts) for key in ("weight", "slope"))
         return FusedRanker(tuple(self.rankers.values()), weights, slopes)
 
-    @cached_property
+    @once
     def dense(self) -> "DenseForm":
         """The row as one inner product, and the neighbour tables.
 
@@ -79,7 +95,7 @@ class Parts:
         """
         return DenseForm.of(self.ranker, list(self.bundle.facts["parts"]))
 
-    @cached_property
+    @once
     def popular(self) -> VectorRanker:
         """Popularity."""
         return VectorRanker.of_counts(self.bundle.catalogue.counts_N)
@@ -88,7 +104,7 @@ class Parts:
         """Return the scores of the row after some histories, or the popularity of all items for each of them."""
         return (self.popular if popular else self._fastest).scored(unknown_users(histories))
 
-    @cached_property
+    @once
     def _fastest(self) -> Ranker:
         """The row that is served: by its dense form, if it has one."""
         try:
@@ -109,7 +125,7 @@ class Parts:
         rule = facts["neighbours"]
         return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], lacking_N)
 
-    @cached_property
+    @once
     def new_items(self) -> dict[str, NewItems]:
         """The finder of neighbours of new items for each table whose model is rarec's and knows them, by name."""
         bundle = self.bundle
@@ -123,7 +139,7 @@ class Parts:
             if model is not None and model.knows_new_items
         }
 
-    @cached_property
+    @once
     def encoder(self) -> Encoder:
         """The variant around its language model, which is loaded now.
 
@@ -174,7 +190,7 @@ class Parts:
         """The longest prompt that the language model takes, in tokens."""
         return self._loaded.context_length
 
-    @cached_property
+    @once
     def _loaded(self) -> LoadedModel:
         """The language model; another one than the variant was trained with is refused."""
         bundle = self.bundle

@@ -42,7 +42,7 @@ class _User(NamedTuple):
 
 
 class Recommender:
-    """Ranks the items of a bundle for any history.
+    """Ranks the items of a bundle for any history. Several threads may share one.
 
     ```python
     import rarec

@@ -6,13 +6,14 @@ The next overwrite discards what a block computes at a slot. So the text attends
 norms, rotations and mask, exactly as in the paper's equation, and no attention code is patched.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,21 @@ class Slots:
     blocks: tuple[int, ...]
 
 
+class _Present(NamedTuple):
+    """The slots that are injected now, and by block what overwrites its input (B, K, D)."""
+
+    slots: Slots
+    by_block: Mapping[int, Tensor]
+
+
+Variable = ContextVar[_Present | None]
+
+
 class SlotInjector:
-    """Injects slots into a backbone's blocks within a context, by hooks that it removes afterwards.
+    """Injects slots into a backbone's blocks within a context.
+
+    Every block gets one hook, which stays. The slots that it injects are a context variable: each thread has its own,
+    so that several threads may use the model at once.
 
     Before the first injected block a slot is an ordinary filler token; after the last one the blocks transform it like
     any other position.
@@ -39,45 +53,54 @@ class SlotInjector:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self.blocks = blocks
-        self.current: Slots | None = None
+        self._present: Variable = ContextVar("slots", default=None)
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(_overwrite, self._present, index), with_kwargs=True)
+
+    @property
+    def current(self) -> Slots | None:
+        """The slots that this thread injects now."""
+        present = self._present.get()
+        return present.slots if present else None
 
     def inject(self, slots: Slots | None) -> AbstractContextManager[None]:
         """Overwrite the hidden states at the slots' positions within the context; None injects nothing."""
-        return _Injection(self, slots)
+        if slots is not None and max(slots.blocks, default=0) >= len(self.blocks):
+            raise IndexError(f"slots for the blocks {slots.blocks}, of {len(self.blocks)}")
+        return _Injection(self._present, slots)
 
     def reinject(self) -> AbstractContextManager[None]:
         """Return a context that injects the present slots later, when a checkpointed block is recomputed.
 
-        It can be entered several times, since the backward pass may run more than once.
+        It can be entered several times, since the backward pass may run more than once, in any thread.
         """
-        return _Injection(self, self.current)
+        return _Injection(self._present, self.current)
 
 
 class _Injection(AbstractContextManager[None]):
-    def __init__(self, injector: SlotInjector, slots: Slots | None) -> None:
-        self._injector, self._slots = injector, slots
-        self._hooks: list[RemovableHandle] = []
+    def __init__(self, variable: Variable, slots: Slots | None) -> None:
+        self._variable, self._slots = variable, slots
+        self._token: Token[_Present | None] | None = None
 
     def __enter__(self) -> None:
-        hooks = []
-        if self._slots is not None:
-            chosen = [self._injector.blocks[block] for block in self._slots.blocks]
-            per_block = zip(chosen, self._slots.slots_LBKD.unbind(0), strict=True)
-            hooks = [(block, _overwrite(slots_BKD, self._slots.positions_BK)) for block, slots_BKD in per_block]
-        self._hooks = [block.register_forward_pre_hook(hook, with_kwargs=True) for block, hook in hooks]
-        self._before, self._injector.current = self._injector.current, self._slots
+        present = None
+        if (slots := self._slots) is not None:
+            present = _Present(slots, dict(zip(slots.blocks, slots.slots_LBKD.unbind(0), strict=True)))
+        self._token = self._variable.set(present)
 
     def __exit__(self, *_: object) -> None:
-        self._injector.current = self._before
-        for hook in self._hooks:
-            hook.remove()
+        if self._token is not None:
+            self._variable.reset(self._token)
 
 
-def _overwrite(slots_BKD: Tensor, positions_BK: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
-        index_BKD = positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-        hidden_BTD = hidden_BTD.scatter(1, index_BKD, slots_BKD.to(hidden_BTD.dtype))
-        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
-
-    return hook
+def _overwrite(
+    variable: Variable, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Overwrite the input of a block, the `index`-th, if it gets slots."""
+    present = variable.get()
+    if present is None or index not in present.by_block:
+        return None
+    hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+    index_BKD = present.slots.positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+    hidden_BTD = hidden_BTD.scatter(1, index_BKD, present.by_block[index].to(hidden_BTD.dtype))
+    return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})

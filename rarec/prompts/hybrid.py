@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -52,6 +53,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, opens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._core = getattr(tokenizer, "backend_tokenizer", None)
+        self._lock = Lock()  # each call sets how the shared tokenizer reads special tokens
         bare, whole = self._ids("a"), self._ids("a", add_special_tokens=True)
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
@@ -102,9 +104,9 @@ class TextTokenizer:
         return self._ids(text, split_special_tokens=plain)
 
     def _ids(self, text: str, **options: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, **{"add_special_tokens": False, "verbose": False, **options})[
-            "input_ids"
-        ]
+        with self._lock:
+            encoded = self._tokenizer(text, **{"add_special_tokens": False, "verbose": False, **options})
+        ids: list[int] = encoded["input_ids"]
         return ids
 
 
