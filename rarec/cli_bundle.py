@@ -1,7 +1,7 @@
 """Commands of `rarec` that need a bundle and no run."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +44,11 @@ def recommend(
     columns: Annotated[str | None, typer.Option(help="Of --log, where they differ: user=customer,item=sku")] = None,
     out: Annotated[Path | None, typer.Option(help="Write here, by its ending: .parquet, .csv or .jsonl.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
+    allow: Annotated[str | None, typer.Option(help="The only items that may be returned: sku-1,sku-7")] = None,
+    deny: Annotated[str | None, typer.Option(help="Items that may not be returned: sku-1,sku-7")] = None,
+    where: Annotated[str | None, typer.Option(help='A condition on columns: "in_stock = true and price < 20"')] = None,
+    diversify: Annotated[float, typer.Option(help="0 to 1: how much likeness within a list counts against it.")] = 0.0,
+    fallback: Annotated[str, typer.Option(help="Fills lists: popularity, recent or none.")] = "popularity",
     llm: LanguageModel = None,
     device: Device = "auto",
     trust: Trust = None,
@@ -53,13 +58,16 @@ def recommend(
     if len(chosen) != 1 or (log is None) != (chosen == ["--history"]) or (out is None) == everyone:
         remedy = "give --history ITEM,ITEM, or --user ID --log FILE, or --all --log FILE --out FILE"
         raise UserError("whom to recommend to is not clear", remedy)
+    options = {"allow": _ids(allow), "deny": _ids(deny), "where": where, "diversify": diversify, "fallback": fallback}
+    rules: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if out is not None and log is not None:
-        _recommend_to_all(lambda device: open_bundle(bundle, llm, device, trust), device, log, columns, out, k)
+        _recommend_to_all(lambda device: open_bundle(bundle, llm, device, trust), device, log, columns, out, k, rules)
         return
     recommender = open_bundle(bundle, llm, device, trust)
+    _say_unknown(recommender, rules)
     if log is None:
-        ids = [item.strip() for item in str(history).split(",") if item.strip()]
-        best = recommender.recommend([ids], k)
+        ids = _ids(history) or []
+        best = recommender.recommend([ids], k, **rules)
         if best.unknown[0]:
             say(f"{best.unknown[0]} of {len(ids)} items are not in the catalogue: skipped")
         _print(best[0])
@@ -68,11 +76,33 @@ def recommend(
 
     with _columns(columns, OF_LOG) as given, open_log(recommender.bundle, log, say, given, user) as (_, users):
         rows = [own for _, own in users]
-    _print(recommender.recommend_to(rows, k)[0])
+    _print(recommender.recommend_to(rows, k, **rules)[0])
+
+
+def _ids(given: str | None) -> list[str] | None:
+    """Return the ids of an option; None if it is not given."""
+    return None if given is None else [item.strip() for item in given.split(",") if item.strip()]
+
+
+def _say_unknown(recommender: "Recommender", rules: Mapping[str, Any]) -> None:
+    """Say which ids of the rules the catalogue lacks; refuse rules that are wrong before anything is read."""
+    import numpy as np
+
+    from rarec.bundle.recommended import Request
+
+    (plan,) = recommender.rules.plans([Request((), 1, **rules)], [np.empty(0, np.int64)])
+    if plan.unknown:
+        say(f"--allow, --deny: not in the catalogue, skipped: {', '.join(map(str, plan.unknown))}")
 
 
 def _recommend_to_all(
-    load: Callable[[str], "Recommender"], device: str, log: str, columns: str | None, out: Path, k: int
+    load: Callable[[str], "Recommender"],
+    device: str,
+    log: str,
+    columns: str | None,
+    out: Path,
+    k: int,
+    rules: Mapping[str, Any],
 ) -> None:
     """Recommend on all ranks that a launcher has started, which share the users; `load` opens the bundle."""
     from rarec.bundle.users import recommend_all
@@ -82,7 +112,8 @@ def _recommend_to_all(
     world = join_world(device, "--device", "--device cpu")
     with watched(world), _columns(columns, OF_LOG) as given:
         recommender = world.run_on_all(lambda: load(str(world.device)))
-        rows = recommend_all(recommender, log, out, k, say=say, columns=given, world=world)
+        world.run_on_main(lambda: _say_unknown(recommender, rules))
+        rows = recommend_all(recommender, log, out, k, say=say, columns=given, world=world, rules=rules)
     say(f"{out}: {rows:,} rows")
 
 
@@ -172,6 +203,28 @@ def add(
     with _columns(columns, OF_ITEMS) as given:
         directory, count = add_items(parts, table, out, say, columns=given, vectors=files)
     say(f"{directory}: {count:,} item{'s' * (count != 1)} added; {bundle} is as it was")
+
+
+@items.command("update")
+def update(
+    bundle: BundleFolder,
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="Ids and columns: CSV, Parquet, JSONL.")],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[COLUMN]...", help="Its columns to take.")] = None,
+    date: Annotated[str | None, typer.Option(help="Its column of dates, for the fallback `recent`.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Where it differs: item=sku")] = None,
+    out: NewFolder = None,
+    trust: Trust = None,
+) -> None:
+    """Set columns that conditions of requests may name, such as what is in stock."""
+    from rarec.bundle.bundle import Bundle
+    from rarec.bundle.items import update_items
+
+    if not names and not date:
+        raise UserError("no column is named", f"write rarec items update {bundle} {table} COLUMN")
+    opened = Bundle.open(bundle, trust or [])
+    with _columns(columns, ("item",)) as given:
+        directory, count = update_items(opened, table, names or [], out, say, columns=given, date=date)
+    say(f"{directory}: {count:,} item{'s' * (count != 1)} updated; {bundle} is as it was")
 
 
 @items.command("remove")

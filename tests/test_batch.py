@@ -114,6 +114,23 @@ def test_one_user_of_a_log(recommender, log, capsys):
         cli_bundle.recommend(recommender.bundle.directory, user="nobody", log=log, k=2)
 
 
+def test_rules_of_the_command_are_those_of_python(recommender, log, tmp_path, capsys):
+    directory, denied = recommender.bundle.directory, recommender.items[:6]
+    options = {"k": 3, "deny": ",".join([*denied, "nothing"]), "diversify": 0.3}
+    cli_bundle.recommend(directory, everyone=True, log=log, out=tmp_path / "top.parquet", **options)
+    assert "not in the catalogue, skipped: nothing" in capsys.readouterr().err
+    lists = pd.read_parquet(tmp_path / "top.parquet").groupby("user")["item"].apply(list)
+    for user, history in histories(recommender, log).items():
+        expected = recommender.recommend([history], 3, deny=denied, diversify=0.3)[0]
+        assert lists[user] == [entry.item for entry in expected]
+    for chosen in ({"user": "u001", "log": log}, {"history": ",".join(histories(recommender, log)["u001"])}):
+        cli_bundle.recommend(directory, **chosen, **options)
+        assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == lists["u001"]
+    with pytest.raises(UserError, match="no column 'price'"):
+        cli_bundle.recommend(directory, everyone=True, log=log, out=tmp_path / "no.parquet", where="price < 3")
+    assert {path.name for path in tmp_path.iterdir()} == {"top.parquet"}
+
+
 class Interrupted:
     """A recommender that is interrupted before its third chunk, or never; notes the users that it was asked for."""
 

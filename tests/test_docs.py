@@ -109,7 +109,10 @@ def test_commands_and_their_options_exist(name):
     texts = [*lines(ROOT / name, "bash", "sh"), *code(ROOT / name)]
     for words in (shlex.split(text) for text in texts if re.match(r"rarec [a-z]", text)):
         assert words[1] in cli.commands, " ".join(words)
-        known = {option for each in cli.commands[words[1]].params for option in each.opts} | {"--help"}
+        command = cli.commands[words[1]]
+        if hasattr(command, "commands"):
+            command = command.commands[words[2]]
+        known = {option for each in command.params for option in each.opts} | {"--help"}
         given = {word.partition("=")[0] for word in words[2:] if word.startswith("-") and " " not in word}
         assert given <= known, " ".join(words)
 

@@ -67,7 +67,7 @@ def same(result, expected) -> bool:
 
 @pytest.mark.slow
 def test_the_client_recommends_what_the_bundle_recommends(served, recommender, everyone):
-    result, expected = client(served).recommend(everyone, 10), recommender.recommend(everyone, 10)
+    result, expected = client(served).recommend(everyone, 10), recommender.recommend(everyone, 10, fallback="none")
     assert same(result, expected)
     assert (
         sum(
@@ -100,7 +100,13 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
 
     engine, known = OnnxEngine(served, settings_of(served, threads=1)), recommender.items
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
-    for options in ({}, {"k": 3, "deny": known[:9]}, {"allow": known[5:20]}, {"exclude_seen": False}):
+    for options in (
+        {},
+        {"k": 3, "deny": [*known[:9], "no"]},
+        {"allow": known[5:20]},
+        {"exclude_seen": False},
+        {"fallback": "none"},
+    ):
         requests = [Request(history, **options) for history in everyone]
         result, expected = engine.answer(requests), recommender.answer(requests)
         assert same([answer.items for answer in result], expected.items)
@@ -200,7 +206,7 @@ def test_other_bundles(tmp_path, kind, overrides):
     recommender = rarec.load(run.directory("export"))
     folder = write(recommender, tmp_path / "served", BOTH)
     users = [*histories(run, list(map(str, run.dataset.user_ids)))[:12], [], ["i003"]]
-    expected = rarec.load(run.directory("export")).recommend(users, 10)
+    expected = rarec.load(run.directory("export")).recommend(users, 10, fallback="none")
     assert same(client(folder).recommend(users, 10), expected)
     rows = [[recommender.items.index(item) for item in user] for user in users[:3]]
     nobody = np.zeros(3, int)
@@ -216,7 +222,7 @@ def test_vectors_are_a_table_that_a_database_takes(recommender, everyone, tmp_pa
     table = pq.read_table(folder / "items.parquet")
     assert table.column_names == ["id", "values", "title", "text", "train_count"]
     values = np.stack(table["values"].to_numpy(zero_copy_only=False))
-    queries, expected = recommender.query_vectors(everyone), recommender.recommend(everyone, 5)
+    queries, expected = recommender.query_vectors(everyone), recommender.recommend(everyone, 5, fallback="none")
     ids = np.array(table["id"].to_pylist())
     nearest = [
         ids[np.argsort(-(values @ query))][: 5 + len(history)] for query, history in zip(queries, everyone, strict=True)
@@ -386,7 +392,7 @@ def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyo
     rows = [(f"user {at}", list(history)) for at, history in enumerate(everyone)]
     histories = session.createDataFrame(rows, "user string, items array<string>").repartition(3)
     result = recommend(histories, served, k=5).toPandas().sort_values(["user", "rank"])
-    expected = recommender.recommend(everyone, 5)
+    expected = recommender.recommend(everyone, 5, fallback="none")
     for at, items in enumerate(expected):
         own = result[result.user == f"user {at}"]
         assert own["rank"].tolist() == list(range(1, 6))

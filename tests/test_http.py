@@ -118,12 +118,33 @@ def test_users_of_a_log_full_of_ties_get_what_the_batch_gives_them(client, recom
 
 @pytest.mark.parametrize(
     "options",
-    [{"k": 3}, {"exclude_seen": False}, {"allow": ["i002", "i005"]}, {"deny": ["i002"]}, {"popular_if_empty": True}],
+    [
+        {"k": 3},
+        {"exclude_seen": False},
+        {"allow": ["i002", "i005"]},
+        {"deny": ["i002"]},
+        {"fallback": "none"},
+        {"diversify": 0.4, "k": 5},
+    ],
 )
 def test_options_are_those_of_the_bundle(client, recommender, options):
     users = [recommender.items[:4], []]
     found, expected = post(client, "recommend", histories=users, **options), recommender.recommend(users, **options)
     assert [pairs(one["items"]) for one in found["results"]] == [list(map(tuple, one)) for one in expected]
+
+
+def test_unknown_ids_in_rules_are_skipped_and_reported(client, recommender):
+    users, rules = [recommender.items[:4], []], {"allow": ["i002", "no", "i009"], "deny": ["such", "i009", 10**17]}
+    found = post(client, "recommend", histories=users, **rules)
+    assert found["unknown_in_rules"] == ["no", "such", str(10**17)]
+    assert [[one["item"] for one in user["items"]] for user in found["results"]] == [[], ["i002"]]
+
+
+def test_a_field_of_earlier_versions_is_refused_with_the_name_of_the_new_one(client):
+    answer = client.post("/v1/recommend", json={"histories": [["i001"]], "popular_if_empty": True})
+    assert answer.status_code == 422
+    assert "popular_if_empty" in answer.json()["problem"]
+    assert "fallback" in answer.json()["remedy"]
 
 
 def test_the_other_answers_are_those_of_the_bundle(client, recommender):
@@ -202,8 +223,13 @@ BAD: dict[str, tuple[str, bytes]] = {
     "too many users": ("recommend", json.dumps({"histories": [["i001"]] * 51}).encode()),
     "too long a history": ("recommend", json.dumps({"histories": [["i001"] * 101]}).encode()),
     "another field": ("recommend", b'{"histories": [["i001"]], "kk": 3}'),
-    "an unknown item allowed": ("recommend", b'{"histories": [["i001"]], "allow": ["nothing"]}'),
-    "an unknown item denied": ("recommend", b'{"histories": [["i001"]], "deny": ["nothing"]}'),
+    "too much diversity": ("recommend", b'{"histories": [["i001"]], "diversify": 2}'),
+    "diversity of text": ("recommend", b'{"histories": [["i001"]], "diversify": "0.5"}'),
+    "an unknown fallback": ("recommend", b'{"histories": [["i001"]], "fallback": "best"}'),
+    "a fallback without dates": ("recommend", b'{"histories": [["i001"]], "fallback": "recent"}'),
+    "an unknown column": ("recommend", b'{"histories": [["i001"]], "where": "colour = 1"}'),
+    "code in a condition": ("recommend", b'{"histories": [["i001"]], "where": "1; drop table items"}'),
+    "a long condition": ("recommend", json.dumps({"histories": [["i001"]], "where": "x" * 10_001}).encode()),
     "seen of text": ("recommend", b'{"histories": [["i001"]], "exclude_seen": "no"}'),
     "a bundle of a path": ("recommend", b'{"histories": [["i001"]], "bundle": "../../etc"}'),
     "a bundle of a number": ("recommend", b'{"histories": [["i001"]], "bundle": 3}'),

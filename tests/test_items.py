@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 import rarec
 from rarec import cli_bundle
 from rarec.bundle.bundle import Bundle
+from rarec.bundle.columns import columns_of, read_columns
 from rarec.bundle.items import remove_items
 from rarec.bundle.write import next_version
+from rarec.config.schema import Prepare
+from rarec.data.preparation.inputs import table_location
+from rarec.entry import open_run
 from rarec.errors import UserError
 from tests.recommending import exported, with_items, without_items
 
@@ -39,7 +44,7 @@ def add(bundle: Path, text: str = NEW, **options) -> Path:
 def scores(bundle: Path, histories) -> dict[str, list[float]]:
     """Return the score of every item after some histories."""
     served = rarec.load(bundle)
-    lists = served.recommend(histories, k=10**6, exclude_seen=False)
+    lists = served.recommend(histories, k=10**6, exclude_seen=False, fallback="none")
     by_item = [{entry.item: entry.score for entry in items} for items in lists]
     return {item: [result[item] for result in by_item] for item in served.items}
 
@@ -212,7 +217,7 @@ def test_where_a_new_item_would_stand_is_where_it_stands_when_it_is_added(bundle
     after = rarec.load(with_items(bundle, table), device="cpu")
     for history in ([], before.items[:1], before.items[3:9]):
         place = before.place(history, "amber lamp", "river", around=2)
-        ranking = after.recommend([history], k=10**6)[0]
+        ranking = after.recommend([history], k=10**6, fallback="none")[0]
         at = [entry.item for entry in ranking].index("new")
         assert (place.rank, place.of) == (at + 1, len(ranking))
         assert place.score == pytest.approx(ranking[at].score, rel=1e-4, abs=1e-5)
@@ -220,3 +225,157 @@ def test_where_a_new_item_would_stand_is_where_it_stands_when_it_is_added(bundle
             assert [entry.score for entry in beside] == pytest.approx(
                 [entry.score for entry in expected], rel=1e-4, abs=1e-5
             )
+
+
+# ---- columns that rules may name
+
+
+STOCK = """sku,in_stock,price,kind,released,note
+i002,true,9.5,lamp,2024-03-01,
+i005,FALSE,20,chair,2023-01-01T10:00:00,
+i009,True,,lamp,,
+new,true,1,lamp,2020-01-01,
+"""
+
+
+def update(bundle: Path, text: str, names: list[str], **options) -> Path:
+    table, made = bundle.parent / "stock.csv", next_version(bundle)
+    table.write_text(text)
+    cli_bundle.update(bundle, str(table), names, columns="item=sku", **options)
+    return made
+
+
+def test_columns_of_a_table_choose_items_and_nothing_else_changes(bundle, capsys):
+    made = update(bundle, STOCK, ["in_stock", "price", "kind", "note"], date="released")
+    assert "1 items of" in capsys.readouterr().err
+    served, before = rarec.load(made), rarec.load(bundle)
+    columns = served.bundle.catalogue.columns
+    assert [str(column.type) for column in columns.values()] == ["bool", "double", "string", "string", "timestamp[us]"]
+    history = [before.items[0]]
+    for condition, items in {
+        "in_stock = true": ["i002", "i009"],
+        "price > 9.5": ["i005"],
+        "kind = 'lamp' and price is null": ["i009"],
+        "released >= '2023-01-01 10:00:00'": ["i002", "i005"],
+        "note is not null": [],
+    }.items():
+        assert {entry.item for entry in served.recommend([history], where=condition)[0]} == set(items)
+    assert [entry.item for entry in served.recommend([[]], k=2, fallback="recent")[0]] == ["i002", "i005"]
+    assert served.recommend([history], k=50)[0] == before.recommend([history], k=50)[0]
+    assert served.bundle.manifest["versions"][-1]["updated"] == ["in_stock", "price", "kind", "note", "released"]
+
+
+def test_an_update_keeps_what_the_table_does_not_say(bundle):
+    first = update(bundle, STOCK, ["in_stock", "price"], date="released")
+    second = update(first, "sku,in_stock\ni005,true\ni002,false\n", ["in_stock"])
+    columns = rarec.load(second).bundle.catalogue.columns
+    assert {name: [columns[name][row].as_py() for row in (2, 5, 9, 0)] for name in ("in_stock", "price")} == {
+        "in_stock": [False, True, True, None],
+        "price": [9.5, 20, None, None],
+    }
+    assert rarec.load(second).bundle.date == "released"
+
+
+def test_added_items_bring_their_columns_and_removed_ones_take_them(bundle):
+    known = update(bundle, STOCK, ["in_stock", "price"])
+    with pytest.raises(UserError, match="no column 'in_stock'"):
+        add(known)
+    added = add(known, "item,title,brand,in_stock,price\nn1,lamp,,true,3\nn2,lamp,,,4.5\n")
+    catalogue = rarec.load(added).bundle.catalogue
+    assert catalogue.columns["in_stock"][-2:].to_pylist() == [True, None]
+    assert catalogue.columns["price"][-2:].to_pylist() == [3, 4.5]
+    with pytest.raises(UserError, match="column 'in_stock' does not hold true or false in every row: 'maybe'"):
+        add(known, "item,title,brand,in_stock,price\nn1,lamp,,maybe,3\n", out=bundle.parent / "no")
+    fewer = rarec.load(without_items(added, ["i002", "n2"])).bundle.catalogue
+    assert fewer.columns["in_stock"].drop_null().to_pylist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "options", "problem"),
+    [
+        ("sku,a\nx,1\n", ["a"], {}, "no item is in"),
+        ("sku,a\ni001,1\n", ["b"], {}, "no column 'b'"),
+        ("sku,a\ni001,1\n", [], {}, "no column is named"),
+        ("sku,a\ni001,1\n", ["title"], {}, "a bundle has 'title' of its own"),
+        ("sku,a\ni001,soon\n", [], {"date": "a"}, "holds text"),
+    ],
+)
+def test_columns_that_cannot_be_taken_are_refused(bundle, text, names, options, problem):
+    with pytest.raises(UserError, match=problem) as refused:
+        update(bundle, text, names, **options)
+    assert refused.value.remedy
+    assert not bundle.with_name("bundle-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "read"),
+    [
+        (["1", "-20", ""], "int64", [1, -20, None]),
+        (["1", "2.5", "1e3"], "double", [1, 2.5, 1000]),
+        (["007", "1", "2"], "string", ["007", "1", "2"]),
+        (["true", "False", ""], "bool", [True, False, None]),
+        (["0", "1", "1"], "int64", [0, 1, 1]),
+        (["", "", ""], "string", [None, None, None]),
+        (
+            ["2024-01-31", "2024-01-31 10:00", ""],
+            "timestamp[us]",
+            [datetime(2024, 1, 31), datetime(2024, 1, 31, 10), None],
+        ),
+        (
+            ["2024-01-31T10:00:00+02:00", "2024-01-31T10:00Z", ""],
+            "timestamp[us]",
+            [datetime(2024, 1, 31, 8), datetime(2024, 1, 31, 10), None],
+        ),
+        (["2024-13-31", "2024-01-31", ""], "string", ["2024-13-31", "2024-01-31", None]),
+        (["99999999999999999999", "1", "2"], "double", None),
+    ],
+)
+def test_the_type_of_a_column_of_text_is_found(tmp_path, bundle, values, kind, read):
+    ids = rarec.load(bundle).items[:3]
+    (tmp_path / "t.csv").write_text(
+        "item,a\n" + "".join(f"{item},{value}\n" for item, value in zip(ids, values, strict=True))
+    )
+    opened = Bundle.open(bundle)
+    prepare = opened.prepare(items={"path": str(tmp_path / "t.csv")})
+    location = table_location(prepare.items, "prepare.items")
+    columns, rows, unknown = read_columns(prepare, location, ["a"], opened.catalogue.ids, {})
+    assert (str(columns["a"].type), unknown) == (kind, [])
+    assert rows.to_pylist()[:4] == [0, 1, 2, None]
+    if read is not None:
+        assert columns["a"][:3].to_pylist() == read
+
+
+def test_columns_of_a_table_with_types_keep_them(tmp_path):
+    days = pa.array(["2024-01-02", None, "2024-01-03"]).cast(pa.date32())
+    given = {"item": [7, 8, 7], "n": pa.array([1, None, 3], pa.int32()), "x": [0.5, float("nan"), 1.0], "day": days}
+    pq.write_table(pa.table({**given, "ok": [True, False, None], "parts": [[1], [2], [3]]}), tmp_path / "t.parquet")
+    items = {"path": str(tmp_path / "t.parquet"), "item": "item", "title": "-", "columns": ["n", "x", "ok"]}
+    log = {"path": "-", "user": "-", "item": "-", "time": "-"}
+    columns = columns_of(Prepare(interactions=log, items={**items, "date": "day"}), pa.array([8, 9, 7]))
+    assert {name: column.to_pylist() for name, column in columns.items()} == {
+        "n": [None, None, 1],
+        "x": [None, None, 0.5],
+        "ok": [False, None, True],
+        "day": [None, None, datetime(2024, 1, 2)],
+    }
+    for field, problem in ({"columns": ["parts"]}, "'parts'.*holds"), ({"date": "ok"}, "holds true or false"):
+        with pytest.raises(UserError, match=problem):
+            columns_of(Prepare(interactions=log, items={**items, **field}), pa.array([8]))
+
+
+@pytest.mark.slow
+def test_columns_of_the_configuration_are_in_the_bundle_and_shape_nothing_else(tiny_runs, tmp_path, monkeypatch):
+    """No stage before the export is made again, and a bundle without columns is as it was."""
+    monkeypatch.chdir(tiny_runs.copy("finished", tmp_path / "world"))
+    table, config = Path("log/items.csv"), Path("config.yaml")
+    header, *lines = table.read_text().splitlines()
+    table.write_text("\n".join([f"{header},stock", *(f"{line},{row}" for row, line in enumerate(lines))]) + "\n")
+    assert open_run(config).stage("export").is_done()
+    run = open_run(config, ["prepare.items.columns=[stock]", "prepare.items.date=stock"])
+    run.make("export", fresh=True)
+    served = rarec.load(run.directory("export"))
+    assert served.bundle.catalogue.columns["stock"].to_pylist() == list(range(len(lines)))
+    assert {entry.item for entry in served.recommend([["i020"]], where="stock < 2")[0]} == {"i000", "i001"}
+    assert served.recommend([[]], 1, fallback="recent")[0][0].item == served.items[-1]
+    with pytest.raises(UserError, match=r"no column 'stok'.*did you mean `stock`"):
+        open_run(config, ["prepare.items.columns=[stok]"]).make("export", fresh=True)

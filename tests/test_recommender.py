@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -14,6 +16,9 @@ from typer.testing import CliRunner
 import rarec
 from rarec import cli
 from rarec.bundle.bundle import FACTS, Bundle
+from rarec.bundle.parts import unknown_users
+from rarec.bundle.recommended import Request
+from rarec.bundle.rules import diversified
 from rarec.bundle.write import describe_slots
 from rarec.config import VARIANTS
 from rarec.entry import open_run
@@ -147,10 +152,62 @@ def test_unknown_items_are_skipped_and_counted(recommender):
     assert len(result[2]) == 10
 
 
-def test_an_empty_history_may_be_ranked_by_popularity(run, recommender):
-    (best,) = recommender.recommend([["no such item"]], k=3, popular_if_empty=True)
+def test_an_empty_history_gets_popular_items_unless_it_is_said_otherwise(run, recommender):
+    best, modelled = (recommender.recommend([["no such item"]], k=3, **own)[0] for own in ({}, {"fallback": "none"}))
     counts = dict(zip(run.dataset.item_ids, run.dataset.train_counts_N.tolist(), strict=True))
     assert [counts[entry.item] for entry in best] == sorted(counts.values(), reverse=True)[:3]
+    assert [entry.score for entry in best] == [0, 0, 0]
+    assert [entry.score for entry in modelled] == sorted((entry.score for entry in modelled), reverse=True)
+    assert modelled[0].score > 0
+
+
+def test_in_a_row_of_neighbours_alone_no_place_is_arbitrary(run, tmp_path):
+    """Those that are listed come first; popular items follow, and none with `none`."""
+    served = rarec.load(exported(run, tmp_path, "export.variant=cooccurrence").directory("export"))
+    scores_N = served.parts.ranker.scores(unknown_users([np.array([3])]))[0]
+    said = [row for row in np.argsort(-scores_N, kind="stable") if scores_N[row] > 0 and row != 3]
+    popular = np.argsort(-served.bundle.catalogue.counts_N, kind="stable")
+    rest = [row for row in popular if row not in said and row != 3]
+    history = [served.items[3]]
+    assert 0 < len(said) < len(served.items) - 2
+    best, short = (served.recommend([history], k=10**6, **own)[0] for own in ({}, {"fallback": "none"}))
+    assert sorted(entry.item for entry in short) == sorted(served.items[row] for row in said)
+    assert best[: len(short)] == short
+    assert [entry.item for entry in best[len(short) :]] == [served.items[row] for row in rest]
+    assert served.recommend([[]], fallback="none")[0] == []
+
+
+def ids(lists):
+    return [[entry.item for entry in items] for items in lists]
+
+
+def test_rules_are_those_of_a_full_list_that_is_filtered_by_hand(recommender):
+    history = recommender.items[:3]
+    everything = recommender.recommend([history], k=10**6)[0]
+    allowed, denied = recommender.items[5:30:2], recommender.items[10:20]
+    result = recommender.recommend([history, history], k=4, allow=[*allowed, "new"], deny=[*denied, 12])
+    expected = [entry for entry in everything if entry.item in allowed and entry.item not in denied][:4]
+    assert ids(result) == ids([expected, expected])
+    assert result.unknown_in_rules == [["new", 12]] * 2
+    vectors = recommender.item_vectors([entry.item for entry in everything[:100]])
+    order = diversified(np.array([entry.score for entry in everything[:100]], np.float32), vectors, 6, 0.6)
+    mixed = recommender.recommend([history], k=6, diversify=0.6)[0]
+    assert mixed == [everything[place] for place in order]
+    assert mixed != everything[:6]
+
+
+def test_requests_of_different_rules_share_a_pass(recommender):
+    history = recommender.items[:3]
+    asked = [
+        Request(history, 3),
+        Request([], 2),
+        Request(history, 5, deny=recommender.items[5:9]),
+        Request(history, 4, exclude_seen=False, diversify=0.5),
+        Request(history, 6, allow=recommender.items[8:20], fallback="none"),
+    ]
+    together = recommender.answer(asked)
+    assert ids(together) == ids(recommender.answer([own])[0] for own in asked)
+    assert list(map(len, together)) == [3, 2, 5, 4, 6]
 
 
 def test_what_may_be_recommended(recommender):
@@ -165,8 +222,9 @@ def test_what_may_be_recommended(recommender):
     ("options", "message"),
     [
         ({"k": 0}, "k is 0"),
-        ({"allow": ["nothing"]}, "'nothing'"),
-        ({"deny": ["nothing"]}, "'nothing'"),
+        ({"diversify": 2}, "diversify is 2"),
+        ({"fallback": "recent"}, "has no dates"),
+        ({"where": "in_stock = true"}, "has no column 'in_stock'"),
     ],
 )
 def test_what_cannot_be_asked_is_named(recommender, options, message):
@@ -230,6 +288,38 @@ def test_an_explanation_adds_up_and_names_the_nearest_of_the_history(run, recomm
     assert difference == pytest.approx(best.score - other.score, abs=1e-4)
     assert {entry.item for entry in explained.nearest} <= set(history)
     assert explained.nearest[0].score == max(entry.score for entry in explained.nearest)
+
+
+@pytest.mark.parametrize("row", ["per_layer+id+cheap", "id_only+cheap"])
+def test_without_any_id_vector_or_training_interaction_every_figure_is_a_number(run, tmp_path, row):
+    """No item is known to the ID model; then no item is known to the neighbours either."""
+    copied = exported(run, tmp_path, f"export.variant={row}").directory("export")
+    for change in (_without_id_vectors, _without_counts):
+        change(copied)
+        served = rarec.load(copied)
+        history, item = served.items[:3], served.items[7]
+        explained = served.explain(history, item)
+        assert np.isfinite(list(explained.parts.values())).all()
+        assert np.isfinite([entry.score for entry in served.recommend([history])[0]]).all()
+        if served.bundle.facts["model"]:
+            place = served.place(history, "river lamp")
+            assert np.isfinite([place.score, *(entry.score for entry in (*place.above, *place.below))]).all()
+            assert place.of == len(served.items) - 3 + 1
+
+
+def _without_id_vectors(bundle: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    vectors = load_file(bundle / "vectors.safetensors")
+    save_file({name: t * (not name.startswith("ids/")) for name, t in vectors.items()}, bundle / "vectors.safetensors")
+    sealed(bundle)
+
+
+def _without_counts(bundle: Path) -> None:
+    table = pq.read_table(bundle / "items.parquet")
+    zeros = pa.array(np.zeros(len(table), np.int64))
+    pq.write_table(table.set_column(3, "train_count", zeros), bundle / "items.parquet")
+    sealed(bundle)
 
 
 # ---- the folder

@@ -57,6 +57,7 @@ recommend {BUNDLE} --all --log {LOG} --out {OUT}.csv
 recommend {BUNDLE} --all --log {LOG} --out {OUT}.jsonl
 items add {BUNDLE} {TABLE} --out {OUT}
 items remove {BUNDLE} i003 i005 --out {OUT}
+items update {BUNDLE} log/items.csv brand --out {OUT}
 realign {BUNDLE} config.yaml --least -9 --out {OUT}
 export {BUNDLE} --to vectors --out {OUT}
 export {BUNDLE} --to hub --out {OUT}

@@ -4,7 +4,7 @@
 | --- | --- |
 | `manifest.json` | sha256 of every file; settings, inputs, figures of this row and of its rivals |
 | `recommender.json` | the row that is served, weights of its parts, prompt, language model: what it takes to score |
-| `items.parquet` | id, title, text and number of training interactions of every item |
+| `items.parquet` | id, title, text and number of training interactions of every item, and columns that rules may name |
 | `vectors.safetensors` | item vectors: of the variant (`model`), and of every ID model (`ids/NAME`) |
 | `encoders.safetensors` | weights of the ID models that read histories |
 | `alignment.safetensors`, `lora/` | the trained weights of the variant |
@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ from safetensors.torch import load
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from rarec.bundle.conditions import DATED, KINDS
 from rarec.bundle.facts import SCHEMA, BundleFacts, Facts, own_parts, recipe_of
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.load import validated
@@ -75,24 +76,27 @@ class Catalogue:
         titles: (N,).
         texts: (N,), "" where there is none.
         counts_N: number of training interactions.
+        columns: that rules may name, (N,) each, of a type in `KINDS`, by name.
     """
 
     ids: pa.Array
     titles: list[str]
     texts: list[str]
     counts_N: npt.NDArray[np.int64]
+    columns: Mapping[str, pa.Array] = field(default_factory=dict)
 
     @property
     def table(self) -> pa.Table:
         """The rows of `items.parquet`."""
         columns = (self.ids, self.titles, self.texts, self.counts_N)
-        return pa.table(dict(zip(COLUMNS, columns, strict=True)))
+        return pa.table({**dict(zip(COLUMNS, columns, strict=True)), **self.columns})
 
     @classmethod
     def of(cls, table: pa.Table) -> "Catalogue":
         """Return the items of a table as `table` gives it."""
         ids, titles, texts, counts = (table[name] for name in COLUMNS)
-        return cls(ids.combine_chunks(), titles.to_pylist(), texts.to_pylist(), counts.to_numpy())
+        columns = {name: table[name].combine_chunks() for name in table.column_names if name not in COLUMNS}
+        return cls(ids.combine_chunks(), titles.to_pylist(), texts.to_pylist(), counts.to_numpy(), columns)
 
     def write(self, path: Path) -> None:
         """Write it as Parquet."""
@@ -105,13 +109,15 @@ class Catalogue:
         Raises:
             ValueError: it lacks a column, or has one of another type, a missing value, or an id twice.
         """
-        table = pq.read_table(pa.BufferReader(data), columns=list(COLUMNS))
+        table = pq.read_table(pa.BufferReader(data))
         table.validate(full=True)  # text that is none
-        for column in table:
-            if column.null_count:
+        for name in COLUMNS:
+            if table[name].null_count:
                 raise ValueError("a value is missing")
-        ids, *texts, counts = (column.type for column in table)
-        if not (ids in _IDS and texts == [pa.string(), pa.string()] and counts == pa.int64()):
+        ids, *texts, counts = (table[name].type for name in COLUMNS)
+        others = {table.schema.field(name).type for name in table.column_names if name not in COLUMNS}
+        fit = ids in _IDS and texts == [pa.string(), pa.string()] and counts == pa.int64()
+        if not (fit and others <= KINDS.keys()):
             raise ValueError(f"its columns are of the types {', '.join(map(str, table.schema.types))}")
         if not len(table) or len(pc.unique(table["item_id"])) < len(table):
             raise ValueError("an item id is there twice, or there is no item")
@@ -288,6 +294,13 @@ class Bundle:
                     raise ValueError(f"ID model {name!r} gives {users.per_user} vectors a user")
             sources[name] = Source(name, self.vectors[IDS + name], users, facts["hash"], {})
         return sources
+
+    @property
+    def date(self) -> str | None:
+        """The column of the items' dates, if there is one."""
+        name = self.facts["tables"]["items"].get("date")
+        column = self.catalogue.columns.get(name)
+        return name if column is not None and KINDS[column.type] in DATED else None
 
     @property
     def shapes(self) -> dict[str, SourceShape]:

@@ -4,15 +4,17 @@ Shape letters: N catalogue, A added items, E source dimension, F size of the fus
 """
 
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from rarec.bundle.bundle import IDS, MODEL, NO_COLUMNS, Bundle, Catalogue, Columns, Float32, Rows
+from rarec.bundle.columns import date_of, read_columns
 from rarec.bundle.parts import Parts
 from rarec.bundle.write import write_version
 from rarec.data.engines import open_engine
@@ -23,6 +25,7 @@ from rarec.ids.source import LEFT, MAPPED_ITEMS
 from rarec.neighbours.base import pairs_of
 from rarec.neighbours.scores import newest_first, score
 from rarec.ranking import VectorRanker
+from rarec.ranking.rankers import compared_with
 
 
 def add_items(
@@ -44,7 +47,8 @@ def add_items(
         table: path of the items.
         directory: to write to; by default the next version beside the bundle.
         say: print one line to the user.
-        columns: names of columns that differ from those of the catalogue: `item`, `title`, `text`.
+        columns: names of columns that differ from those of the catalogue: `item`, `title`, `text`. The table has the
+            columns that rules may name as well.
         vectors: Parquet files of the items' vectors by ID models, by the model's name; zeros where an item has none.
 
     Raises:
@@ -92,6 +96,52 @@ def remove_items(bundle: Bundle, items: Collection[str | int], directory: Path |
     return write_version(bundle, directory, what, vectors, encoders, catalogue, pairs), len(removed)
 
 
+def update_items(
+    bundle: Bundle,
+    table: str,
+    names: Sequence[str],
+    directory: Path | None,
+    say: Callable[[str], None],
+    *,
+    columns: Columns = NO_COLUMNS,
+    date: str | None = None,
+) -> tuple[Path, int]:
+    """Write a version of a bundle whose items have the columns of a table; return its folder and their number.
+
+    An item that the table lacks keeps what it has. A column that the bundle has keeps its type.
+
+    Args:
+        bundle: the old version.
+        table: path of the columns, beside ids of items.
+        names: of the columns.
+        directory: to write to; by default the next version beside the bundle.
+        say: print one line to the user.
+        columns: name of the column of ids, if it differs from the catalogue's: `item`.
+        date: the column, one of these or of the bundle's, that says how new an item is.
+
+    Raises:
+        UserError: the table cannot be read, lacks a column, has no item of the catalogue or values of another type.
+    """
+    known = bundle.catalogue
+    prepare = bundle.prepare(items={**columns, "columns": [*names], "date": date, "path": table})
+    location = replace(table_location(prepare.items, "items"), section="prepare.items")
+    types = {name: column.type for name, column in known.columns.items() if column.null_count < len(column)}
+    read, row_N, unknown = read_columns(prepare, location, prepare.items.kept, known.ids, types)
+    count = len(row_N) - row_N.null_count
+    if not count:
+        raise UserError(f"{location.name}: no item is in {bundle.directory}", "check that both use the same ids")
+    if unknown:
+        say(f"{len(unknown):,} items of {location.name} are not in the catalogue: left out")
+    for name in types.keys() & read.keys():
+        read[name] = pc.if_else(pc.is_valid(row_N), read[name], known.columns[name])
+    items = {**bundle.facts["tables"]["items"], "columns": list({**known.columns, **read})}
+    items["date"] = date_of(read, date, location) or items.get("date")
+    facts = {**bundle.facts, "tables": {**bundle.facts["tables"], "items": items}}
+    catalogue = replace(known, columns={**known.columns, **read})
+    changed = {"updated": prepare.items.kept}
+    return write_version(bundle, directory, changed, bundle.vectors, bundle.encoders, catalogue, facts=facts), count
+
+
 def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str], None]) -> Catalogue:
     """Read items that may become part of a catalogue, in the order of the table; they have no interactions."""
     text = {"text": [columns["text"]]} if "text" in columns else {}
@@ -108,7 +158,11 @@ def _read_items(bundle: Bundle, table: str, columns: Columns, say: Callable[[str
         batches = list(engine.batches(items.order_by("line").select("item", "title", "text")))
     rows = pa.Table.from_batches(batches)
     ids = _checked_ids(bundle, rows["item"].combine_chunks())
-    return Catalogue(ids, rows["title"].to_pylist(), rows["text"].to_pylist(), np.zeros(len(ids), np.int64))
+    known = bundle.catalogue.columns
+    types = {name: column.type for name, column in known.items()}
+    kept = read_columns(prepare, location, list(known), ids, types)[0] if known else {}
+    counts_N = np.zeros(len(ids), np.int64)
+    return Catalogue(ids, rows["title"].to_pylist(), rows["text"].to_pylist(), counts_N, kept)
 
 
 def _checked_ids(bundle: Bundle, ids: pa.Array) -> pa.Array:
@@ -181,7 +235,7 @@ def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
     for name in others:
         ranker = parts.rankers[name]
         weight = facts[name]["weight"]
-        known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
+        known = slice(None) if ranker.lacking_N is None else compared_with(ranker.lacking_N)
         knows = parts.bundle.knows_new_items(name)
         if not knows:
             apart_Z = own_Z - parts.bundle.vectors[MODEL][known].mean(0)

@@ -35,6 +35,7 @@ from rarec.neighbours.base import NewItems
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, Ranker, Scores, VectorRanker
 from rarec.ranking.rank import VectorScores
+from rarec.ranking.rankers import compared_with
 from rarec.storage.artefacts import differences
 
 RowsOfUsers = Sequence[npt.NDArray[np.integer]]
@@ -95,14 +96,9 @@ class Parts:
         """
         return DenseForm.of(self.ranker, list(self.bundle.facts["parts"]))
 
-    @once
-    def popular(self) -> VectorRanker:
-        """Popularity."""
-        return VectorRanker.of_counts(self.bundle.catalogue.counts_N)
-
-    def scored(self, histories: RowsOfUsers, *, popular: bool = False) -> Scores:
-        """Return the scores of the row after some histories, or the popularity of all items for each of them."""
-        return (self.popular if popular else self._fastest).scored(unknown_users(histories))
+    def scored(self, histories: RowsOfUsers) -> Scores:
+        """Return the scores of the row after some histories."""
+        return self._fastest.scored(unknown_users(histories))
 
     @once
     def _fastest(self) -> Ranker:
@@ -118,7 +114,7 @@ class Parts:
         if facts["model"] and name == facts["model"]["variant"]["name"]:
             return VectorRanker(bundle.vectors[MODEL], lambda rows, histories: self.encoder.users(rows, histories))
         if name == "popularity":
-            return self.popular
+            return VectorRanker.of_counts(bundle.catalogue.counts_N)
         if name == "id":
             return bundle.sources[facts["id_model"]].ranker()
         lacking_N = None if bundle.knows_new_items(name) else bundle.catalogue.counts_N == 0
@@ -221,6 +217,21 @@ def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:
     chances_N = chances(parts.bundle)
     lengths = rng.integers(1, min(20, len(chances_N) - 1), count, endpoint=True)
     return [rng.choice(len(chances_N), length, replace=False, p=chances_N) for length in lengths]
+
+
+def sample_history(bundle: Bundle, length: int = 5) -> list[int]:
+    """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
+    rng = np.random.default_rng()
+    chances_N = chances(bundle)
+    rows = [int(rng.choice(len(chances_N), p=chances_N))]
+    tables = sorted(bundle.tables, key=lambda name: name != "cooccurrence")
+    table_NN = bundle.near[tables[0]] if tables else csr_matrix((len(chances_N),) * 2)
+    while len(rows) < min(length, len(chances_N)):
+        own = table_NN.getrow(int(rng.choice(rows)))
+        nearest = own.indices[np.argsort(-own.data)[:10]]
+        new = np.setdiff1d(nearest if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
+        rows += [int(rng.choice(new))] if len(new) else []
+    return rows
 
 
 def chances(bundle: Bundle) -> npt.NDArray[np.float64]:
@@ -346,7 +357,7 @@ def _predicted_vectors(fusion: FusedRanker, first_NZ: Float32) -> npt.NDArray[np
     """Return what the first part's item vectors get for the items that other parts lack, (N, Z)."""
     added_NZ = np.zeros(first_NZ.shape)
     for lacking_N, scale in _lacking(fusion):
-        added_NZ += scale * lacking_N[:, None] * (first_NZ - first_NZ[~lacking_N].mean(0))
+        added_NZ += scale * lacking_N[:, None] * (first_NZ - first_NZ[compared_with(lacking_N)].mean(0))
     return added_NZ
 
 

@@ -1,7 +1,7 @@
 """What a recommender is asked, and what it returns."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
@@ -23,7 +23,9 @@ class Request:
     exclude_seen: bool = True
     allow: Collection[Id] | None = None
     deny: Collection[Id] = ()
-    popular_if_empty: bool = False
+    where: str | None = None
+    diversify: float = 0.0
+    fallback: str = "popularity"
 
 
 class Recommended(NamedTuple):
@@ -41,10 +43,12 @@ class Recommendations:
     Attributes:
         items: B lists of at most K items.
         unknown: for each user, the number of ids in the history that are not in the catalogue; they were skipped.
+        unknown_in_rules: for each user, the ids in `allow` and `deny` that are not in the catalogue; they were skipped.
     """
 
     items: list[list[Recommended]]
     unknown: list[int]
+    unknown_in_rules: list[list[Id]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[list[Recommended]]:
         """Return an iterator over the users' lists."""

@@ -3,42 +3,23 @@
 Shape letters: B users, N catalogue, K items returned, Z size of a scored vector, F size of the fused vectors.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 
 from rarec.bundle.bundle import IDS, MODEL, Bundle, Float32, Rows
 from rarec.bundle.items import score_of_new
-from rarec.bundle.parts import Parts, chances, unknown_users
+from rarec.bundle.parts import Parts, sample_history, unknown_users
 from rarec.bundle.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
+from rarec.bundle.rules import Plan, Rules, check_k, lists_of
 from rarec.config.section import check_device
 from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.evaluation.results import part_title
 from rarec.ranking.rank import USERS_AT_A_TIME, best_scores
-
-_LISTS = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
-
-
-class _User(NamedTuple):
-    """One user, by item rows.
-
-    Attributes:
-        history: oldest first.
-        k: number of items.
-        hidden: items that may not be returned.
-        popular: whether to rank by popularity.
-    """
-
-    history: Rows
-    k: int
-    hidden: Rows
-    popular: bool
 
 
 class Recommender:
@@ -59,6 +40,7 @@ class Recommender:
 
     Attributes:
         items: ids of the catalogue.
+        rules: what narrows, mixes and fills the lists.
     """
 
     def __init__(
@@ -66,8 +48,10 @@ class Recommender:
     ) -> None:
         self.bundle = bundle
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
-        self.items: list[Id] = bundle.catalogue.ids.to_pylist()
-        self._row_of = {str(item): row for row, item in enumerate(self.items)}
+        catalogue = bundle.catalogue
+        self.items: list[Id] = catalogue.ids.to_pylist()
+        lists = len(bundle.tables) == len(bundle.facts["parts"])
+        self.rules = Rules(self.items, catalogue.counts_N, catalogue.columns, bundle.date, self._compared, lists)
 
     def recommend(
         self,
@@ -77,24 +61,34 @@ class Recommender:
         exclude_seen: bool = True,
         allow: Collection[Id] | None = None,
         deny: Collection[Id] = (),
-        popular_if_empty: bool = False,
+        where: str | None = None,
+        diversify: float = 0.0,
+        fallback: str = "popularity",
     ) -> Recommendations:
         """Return the k best items for each history.
 
         Args:
             histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are skipped and
-                counted; an empty history gets what the model says of it.
+                counted.
             k: number of items.
             exclude_seen: leave out the items of the history.
-            allow: the only items that may be returned; all by default.
+            allow: the only items that may be returned; all by default. Unknown ids are skipped, here and in `deny`, and
+                are in the answer.
             deny: items that may not be returned.
-            popular_if_empty: rank by popularity where no item of the history is in the catalogue.
+            where: a condition on the catalogue's columns; items of which it is not true may not be returned.
+            diversify: from 0 to 1, how much an item's likeness to those before it in the list counts against it. The
+                next item of a list is the one with the largest (1 - diversify) relevance - diversify * its largest
+                cosine with one before it, where relevance is the score, scaled to 0..1 among the candidates: the 10 k
+                best, at least 100 and at most 1000 (maximal marginal relevance, Carbonell and Goldstein 1998).
+            fallback: what an empty history gets, and what fills a list where the model scores too few items:
+                `popularity`, `recent` (the newest items, if the catalogue has dates) or `none`. These have the score 0.
 
         Raises:
-            UserError: k is not positive, or `allow` or `deny` names an item that is not in the catalogue.
+            UserError: k is not positive, `diversify` is not within 0 and 1, `fallback` or `where` is wrong, or the
+                bundle lacks what they need: dates, item vectors, columns.
         """
-        requests = [Request(own, k, exclude_seen, allow, deny, popular_if_empty) for own in _lists(histories)]
-        return self.answer(requests)
+        rules = (k, exclude_seen, allow, deny, where, diversify, fallback)
+        return self.answer([Request(own, *rules) for own in lists_of(histories)])
 
     def answer(self, requests: Sequence[Request]) -> Recommendations:
         """Return the items that each of several users asks for, in one pass of the model.
@@ -102,33 +96,26 @@ class Recommender:
         Raises:
             UserError: see `recommend`.
         """
-        _check_k(*(request.k for request in requests))
-        histories, unknown = self._rows([request.history for request in requests])
-        hidden: dict[tuple[int, int], Rows] = {}  # most requests leave out the same
-        users = []
-        for request, history in zip(requests, histories, strict=True):
-            key = id(request.allow), id(request.deny)
-            if key not in hidden:
-                hidden[key] = self._hidden(request.allow, request.deny)
-            own = np.union1d(hidden[key], history if request.exclude_seen else ()).astype(np.int64)
-            users.append(_User(history, request.k, own, request.popular_if_empty and not len(history)))
-        return Recommendations(self._ranked(users), unknown)
+        histories, unknown = self.rules.rows([request.history for request in requests])
+        plans = self.rules.plans(requests, histories)
+        return Recommendations(self._ranked(plans), unknown, [plan.unknown for plan in plans])
 
-    def recommend_to(self, histories: Sequence[Rows], k: int = 10) -> list[list[Recommended]]:
-        """Return the k best new items for histories of item rows, as `open_log` yields them."""
-        return self._ranked([_User(history, k, history, False) for history in histories])
+    def recommend_to(self, histories: Sequence[Rows], k: int = 10, **rules: Any) -> list[list[Recommended]]:
+        """Return the k best new items for histories of item rows, as `open_log` yields them; rules as of `Request`."""
+        return self._ranked(self.rules.plans([Request((), k, **rules)] * len(histories), histories))
 
-    def _ranked(self, users: Sequence[_User]) -> list[list[Recommended]]:
-        items: list[list[Recommended]] = [[] for _ in users]
-        for popular in (False, True):
-            places = [place for place, user in enumerate(users) if user.popular == popular]
-            for start in range(0, len(places), USERS_AT_A_TIME):
-                chunk = [users[place] for place in places[start : start + USERS_AT_A_TIME]]
-                scores = self.parts.scored([user.history for user in chunk], popular=popular)
-                best = best_scores(scores, max(user.k for user in chunk), [user.hidden for user in chunk])
-                for place, user, rows_K, scores_K in zip(places[start:], chunk, *best, strict=False):
-                    items[place] = self._listed(rows_K[: user.k], scores_K[: user.k])
-        return items
+    def _ranked(self, plans: Sequence[Plan]) -> list[list[Recommended]]:
+        nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+        best = [nothing] * len(plans)
+        places = [place for place, plan in enumerate(plans) if plan.candidates]
+        for start in range(0, len(places), USERS_AT_A_TIME):
+            chunk = [plans[place] for place in places[start : start + USERS_AT_A_TIME]]
+            scores = self.parts.scored([plan.history for plan in chunk])
+            most = max(plan.candidates for plan in chunk)
+            found = best_scores(scores, most, [plan.seen for plan in chunk], [plan.shut_N for plan in chunk])
+            for place, plan, rows_C, scores_C in zip(places[start:], chunk, *found, strict=False):
+                best[place] = rows_C[: plan.candidates], scores_C[: plan.candidates]
+        return [self._listed(*plan.listed(*own)) for plan, own in zip(plans, best, strict=True)]
 
     def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
         """Return items by their rows; -1 is none."""
@@ -142,7 +129,7 @@ class Recommender:
         Raises:
             UserError: there is no history, or this row has no language model.
         """
-        rows, _ = self._rows(histories, empty=False)
+        rows, _ = self.rules.rows(histories, empty=False)
         return self.parts.encoder.users(np.zeros(len(rows), np.int64), rows)
 
     def query_vectors(self, histories: Sequence[History]) -> Float32:
@@ -154,7 +141,7 @@ class Recommender:
         Raises:
             UserError: there is no history, or this row has no vectors.
         """
-        rows, _ = self._rows(histories, empty=False)
+        rows, _ = self.rules.rows(histories, empty=False)
         return self.parts.dense.users(rows)
 
     def rerank(self, histories: Sequence[History], candidates: Sequence[Sequence[Id]], k: int = 10) -> Recommendations:
@@ -171,8 +158,8 @@ class Recommender:
             UserError: there is no history, or not one list of candidates for each; k is not positive; a candidate is
                 not in the catalogue, or this row has no vectors.
         """
-        _check_k(k)
-        rows, unknown = self._rows(histories, empty=False)
+        check_k(k)
+        rows, unknown = self.rules.rows(histories, empty=False)
         among = [self._known(items) for items in candidates]
         if len(among) != len(rows):
             raise UserError(f"{len(rows)} histories, but {len(among)} lists of candidates", "give one for each history")
@@ -190,7 +177,7 @@ class Recommender:
         Raises:
             UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
         """
-        _check_k(k)
+        check_k(k)
         row = int(self._known([item])[0])
         vectors = self._compared
         if vectors is None:
@@ -207,8 +194,8 @@ class Recommender:
         Raises:
             UserError: k is not positive, or the item is not in the catalogue.
         """
-        _check_k(k)
-        (rows,), _ = self._rows([history])
+        check_k(k)
+        (rows,), _ = self.rules.rows([history])
         row = int(self._known([item])[0])
         ranker = self.parts.ranker
         scores = ranker.scored(unknown_users([rows])).parts(slice(0, 1))
@@ -239,8 +226,8 @@ class Recommender:
         Raises:
             UserError: k is not positive.
         """
-        _check_k(k)
-        (rows,), _ = self._rows([history])
+        check_k(k)
+        (rows,), _ = self.rules.rows([history])
         best = {}
         for name, ranker in self.parts.rankers.items():
             (rows_K,), (scores_K,) = best_scores(ranker.scored(unknown_users([rows])), k, [rows])
@@ -253,7 +240,7 @@ class Recommender:
         Raises:
             UserError: this row has no language model.
         """
-        (rows,), _ = self._rows([history])
+        (rows,), _ = self.rules.rows([history])
         score = score_of_new(self.parts, rows, title, text)
         scores_N = self.parts.scored([rows]).block(slice(0, 1))[0].numpy().copy()
         scores_N[rows] = -np.inf
@@ -263,46 +250,16 @@ class Recommender:
         return Place(rank, len(order) + 1, score, *(self._listed(part, scores_N[part]) for part in beside))
 
     def sample_user(self, length: int = 5) -> list[int]:
-        """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
-        bundle = self.bundle
-        rng = np.random.default_rng()
-        chances_N = chances(bundle)
-        rows = [int(rng.choice(len(chances_N), p=chances_N))]
-        tables = sorted(bundle.tables, key=lambda name: name != "cooccurrence")
-        table_NN = bundle.near[tables[0]] if tables else csr_matrix((len(chances_N),) * 2)
-        while len(rows) < min(length, len(chances_N)):
-            own = table_NN.getrow(int(rng.choice(rows)))
-            nearest = own.indices[np.argsort(-own.data)[:10]]
-            new = np.setdiff1d(nearest if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
-            rows += [int(rng.choice(new))] if len(new) else []
-        return rows
-
-    def _rows(self, histories: Sequence[History], empty: bool = True) -> tuple[list[Rows], list[int]]:
-        """Return the item rows of histories, and how many ids of each are not in the catalogue.
-
-        Args:
-            histories: of each user the ids of items.
-            empty: whether there may be no history at all.
-        """
-        rows = [np.array([self._row_of.get(str(item), -1) for item in own], np.int64) for own in _lists(histories)]
-        if not rows and not empty:
-            raise UserError("there is no history", _LISTS)
-        return [own[own >= 0] for own in rows], [int((own < 0).sum()) for own in rows]
+        """Return the item rows of a user who might be."""
+        return sample_history(self.bundle, length)
 
     def _known(self, items: Collection[Id]) -> Rows:
         """Return the rows of items, all of which must be in the catalogue."""
         items = list(items)
-        rows = [self._row_of.get(str(item)) for item in items]
+        rows = [self.rules.row_of.get(str(item)) for item in items]
         if None in rows:
             raise UserError(f"item {items[rows.index(None)]!r} is not in the catalogue", "leave it out")
         return np.array(rows, np.int64)
-
-    def _hidden(self, allow: Collection[Id] | None, deny: Collection[Id]) -> Rows:
-        """Return the rows of items that may not be returned."""
-        hidden_N = np.full(len(self._row_of), allow is not None)
-        hidden_N[self._known(allow or ())] = False
-        hidden_N[self._known(deny)] = True
-        return np.flatnonzero(hidden_N)
 
 
 def _cosines(vectors: Float32, row: int) -> Float32:
@@ -310,28 +267,6 @@ def _cosines(vectors: Float32, row: int) -> Float32:
     lengths_N = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
     cosines_N: Float32 = vectors @ vectors[row] / lengths_N / lengths_N[row]
     return cosines_N
-
-
-def _lists(histories: Iterable[Iterable[Id]]) -> list[list[Id]]:
-    """Return histories as lists, since an iterator can be read only once; refuse what holds no item ids."""
-    lists = [_list(history, "a history is no list") for history in _list(histories, "histories are no list of lists")]
-    for item in chain.from_iterable(lists):
-        if not isinstance(item, str | int | np.integer):
-            raise UserError(f"an item of a history is {str(item)[:50]!r}, neither text nor an integer", _LISTS)
-    return lists
-
-
-def _list(values: Any, problem: str) -> list[Any]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise UserError(f"{problem}, but {str(values)[:50]!r}", _LISTS)
-    return list(values)
-
-
-def _check_k(*numbers: int) -> None:
-    """Refuse a number of items that is not positive."""
-    for k in numbers:
-        if k < 1:
-            raise UserError(f"k is {k}", "ask for at least one item")
 
 
 def _device(wanted: str) -> torch.device:

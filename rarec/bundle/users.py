@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import ibis.expr.types as ir
@@ -167,6 +168,7 @@ def recommend_all(
     say: Say = lambda line: None,
     columns: Columns = NO_COLUMNS,
     world: World = SINGLE,
+    rules: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
     """Write the k best new items of every user as rows `user`, `rank`, `item`, `title`, `score`; return their number.
 
@@ -180,6 +182,7 @@ def recommend_all(
         say: print one line to the user.
         columns: see `open_log`.
         world: the ranks that share the work.
+        rules: fields of `Request`, the same for all users.
 
     Raises:
         UserError: the file is there already, its ending is unknown, or another process writes it; the log cannot be
@@ -189,7 +192,11 @@ def recommend_all(
         raise UserError(f"{out} ends in none of {', '.join(WRITERS)}", "name a file that does")
     if os.path.lexists(out):
         raise is_there(out)
-    made_from = {"log": hash_files(find_files(log, "--log")), "columns": str(sorted(columns.items()))}
+    made_from = {
+        "log": hash_files(find_files(log, "--log")),
+        "columns": str(sorted(columns.items())),
+        "rules": {**rules},
+    }
     identity = sha256_json({**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k})
     begun = out.with_name(f".{out.name}.begun-{identity[:16]}")
     heard = say if world.is_main else lambda line: None
@@ -200,9 +207,9 @@ def recommend_all(
             world.report("recommending")
             chunk = list(islice(users, USERS_AT_A_TIME))
             if number % world.size == world.rank and _part(begun, number) is None:
-                _write_part(begun, number, _table(recommender, chunk, k))
+                _write_part(begun, number, _table(recommender, chunk, k, rules))
         world.barrier()
-        empty = _table(recommender, [], k)
+        empty = _table(recommender, [], k, rules)
         rows = world.run_on_all(lambda: _join(begun, chunks, empty, out) if world.is_main else 0)
         return world.all_reduce_max(rows)
 
@@ -230,9 +237,9 @@ def _locked(begun: Path) -> Iterator[None]:
         yield
 
 
-def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int) -> pa.Table:
+def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int, rules: Mapping[str, Any]) -> pa.Table:
     """Return the rows of some users; ids have the types of the log's and the catalogue's."""
-    lists = recommender.recommend_to([rows for _, rows in users], k)
+    lists = recommender.recommend_to([rows for _, rows in users], k, **rules)
     rows = [
         {"user": user, "rank": rank, **item._asdict()}
         for (user, _), items in zip(users, lists, strict=True)

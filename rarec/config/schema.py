@@ -15,6 +15,7 @@ from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout, Var
 from rarec.config.neighbours import Graph, Neighbours
 from rarec.config.section import (
     Blocks,
+    ColumnName,
     Count,
     ExternalName,
     Few,
@@ -108,6 +109,15 @@ class Items(Table):
     """Further text columns, appended to the title in the item prompt."""
     untitled: str = "untitled item"
     """Text used in place of a missing title."""
+    columns: list[ColumnName] = Field(default=[])
+    """Columns that a bundle keeps for conditions of requests, such as `in_stock` or `category`; no part of a model."""
+    date: ColumnName | None = None
+    """Column of a date, such as of the release, which a bundle keeps for `fallback: recent`: a time or a number."""
+
+    @property
+    def kept(self) -> list[str]:
+        """The columns that a bundle keeps."""
+        return list(dict.fromkeys([*self.columns, *([self.date] if self.date else [])]))
 
 
 class Split(Section):

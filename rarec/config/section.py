@@ -45,6 +45,20 @@ ExternalName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,40}$")]
 """Part of a row's name, where `/` and `+` have meanings of their own."""
 
 
+RESERVED = ("item_id", "title", "text", "train_count")
+"""Columns of every catalogue in a bundle."""
+
+
+def _column_name(name: str) -> str:
+    if not name or name in RESERVED:
+        raise ValueError(f"a bundle has {name!r} of its own: give the column another name" if name else "it is empty")
+    return name
+
+
+ColumnName = Annotated[str, AfterValidator(_column_name)]
+"""Name of a further column of a catalogue."""
+
+
 def _row_name(name: str) -> str:
     if not re.fullmatch(r"[^+/]+(\+id)?(\+cheap)?", name):
         raise ValueError("write a variant, alone or with +id or +id+cheap")

@@ -153,6 +153,11 @@ class NeighbourScores:
         return torch.from_numpy(score(sums_CN, out=sums_CN))
 
 
+def compared_with(lacking_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the items whose mean a part's unknown items are compared with: those that it knows, or else all."""
+    return lacking_N if lacking_N.all() else ~lacking_N
+
+
 class CachedRanker(Ranker):
     """A ranker that computes what a chunk's users need once, for all fusions that it is a part of.
 
@@ -211,8 +216,11 @@ class FusedScores:
         for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
             part_CN = scores.block(users).to(first_CN.device)
             if ranker.lacking_N is not None and ranker.lacking_N.any():
-                lacking = torch.from_numpy(ranker.lacking_N).to(first_CN.device)
-                usual = 0.0 if self._ranker.parts[0].lists else first_CN[:, ~lacking].mean(1, keepdim=True)
+                lacking, known = (
+                    torch.from_numpy(mask_N).to(first_CN.device)
+                    for mask_N in (ranker.lacking_N, compared_with(ranker.lacking_N))
+                )
+                usual = 0.0 if self._ranker.parts[0].lists else first_CN[:, known].mean(1, keepdim=True)
                 part_CN = part_CN + slope * (first_CN - usual) * lacking
             yield part_CN
 

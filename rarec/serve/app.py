@@ -119,7 +119,8 @@ class Service:
         options = request.model_dump(exclude={"histories", "bundle", "user"})
         requests = [Request(history, **options) for history in request.histories]
         loaded, answers = await self._ask(incoming, request, lambda batcher: batcher.answer(requests))
-        return schemas.Recommended(results=answers, **loaded.source)
+        unknown = answers[0].unknown_in_rules  # all users have the same rules
+        return schemas.Recommended(results=answers, unknown_in_rules=unknown, **loaded.source)
 
     async def vectors(self, incoming: Incoming, request: schemas.VectorsRequest) -> schemas.Vectors:
         """Return the query vector of each history: what an index of the item vectors is searched with."""

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from rarec.bundle.recommended import History, Id, Recommended, Request
+from rarec.bundle.rules import Plan, Rules
 from rarec.errors import UserError
 from rarec.serve.settings import ServeSettings
 from rarec.storage.artefacts import Manifest, check_files, read_manifest
@@ -31,10 +33,11 @@ AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 
 
 class Answer(NamedTuple):
-    """What one user gets: items, best first, and how many ids of the history the catalogue lacks."""
+    """What one user gets: items, best first; how many ids of the history are unknown, and which ids of the rules."""
 
     items: list[Recommended]
     unknown: int
+    unknown_in_rules: Sequence[Id] = ()
 
 
 class NotOffered(Exception):
@@ -88,9 +91,9 @@ class TorchEngine:
                 tensor.data = tensor.data.clone()  # a mapped file that is cut short on the disk would end the process
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Recommend. Raises `UserError` where a request names an item that is not in the catalogue."""
+        """Recommend. Raises `UserError` where a request's rules are wrong."""
         answers = self.recommender.answer(requests)
-        return list(map(Answer, answers.items, answers.unknown))
+        return list(map(Answer, answers.items, answers.unknown, answers.unknown_in_rules))
 
     def vectors(self, histories: Sequence[History]) -> list[Any]:
         """Return query vectors, (B, F) or (B, K, F), as lists."""
@@ -122,15 +125,21 @@ class OnnxEngine:
         self.version = str(manifest["hash"])
         self.ids: list[Id] = self._client.ids
         self.titles: list[str] = self._client.titles
+        counts_N = pq.read_table(folder / "items.parquet", columns=["train_count"])["train_count"].to_numpy()
+        self._rules = Rules(self.ids, counts_N, {})
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """See `TorchEngine`."""
-        rows = [self._rows(request.history) for request in requests]
-        return list(map(self._answer, requests, rows, self._client.queries(rows)))
+        histories, unknown = self._rules.rows([request.history for request in requests])
+        plans = self._rules.plans(requests, histories)
+        asked = [user for user, plan in enumerate(plans) if plan.candidates]
+        queries = self._client.queries([histories[user].tolist() for user in asked])
+        best = {user: self._best(plans[user], query) for user, query in zip(asked, queries, strict=True)}
+        return [self._answer(plan, best.get(user, []), unknown[user]) for user, plan in enumerate(plans)]
 
     def vectors(self, histories: Sequence[History]) -> list[Any]:
         """See `TorchEngine`."""
-        queries = self._client.queries([self._rows(history) for history in histories])
+        queries = self._client.queries([rows.tolist() for rows in self._rules.rows(histories)[0]])
         return [(query[0] if len(query) == 1 else query).tolist() for query in queries]
 
     @property
@@ -142,24 +151,19 @@ class OnnxEngine:
         """
         raise NotOffered("what needs texts or single parts")
 
-    def _answer(self, request: Request, rows: list[int], query: Any) -> Answer:
-        if request.popular_if_empty and not rows:
-            raise NotOffered("popular_if_empty")
-        hidden = np.union1d(self._known(request.deny), rows if request.exclude_seen else []).astype(np.int64)
-        allowed = None if request.allow is None else self._known(request.allow)
-        best = self._client.best(query, rows, request.k, hidden, allowed)
-        items = [Recommended(self.ids[row], self.titles[row], score) for row, score in best]
-        return Answer(items, len(request.history) - len(rows))
+    def _best(self, plan: Plan, query: Any) -> list[tuple[int, float]]:
+        """Return rows and scores of the best items that may be returned."""
+        among = None if plan.shut_N is None else np.flatnonzero(~plan.shut_N)
+        best: list[tuple[int, float]]
+        best = self._client.best(query, plan.history.tolist(), plan.candidates, plan.seen, among)
+        return best
 
-    def _rows(self, history: History) -> list[int]:
-        row_of = self._client.row_of
-        return [row_of[str(item)] for item in history if str(item) in row_of]
-
-    def _known(self, items: Any) -> Any:
-        unknown = [item for item in items if str(item) not in self._client.row_of]
-        if unknown:
-            raise UserError(f"item {unknown[0]!r} is not in the catalogue", "leave it out")
-        return np.array(self._rows(items), np.int64)
+    def _answer(self, plan: Plan, best: list[tuple[int, float]], unknown: int) -> Answer:
+        rows = np.array([row for row, _ in best], np.int64)
+        scores = np.array([score for _, score in best], np.float32)
+        listed = zip(*(part.tolist() for part in plan.listed(rows, scores)), strict=True)
+        items = [Recommended(self.ids[row], self.titles[row], score) for row, score in listed]
+        return Answer(items, unknown, plan.unknown)
 
 
 Engine = TorchEngine | OnnxEngine

@@ -1,10 +1,12 @@
 """Schemas of requests and answers. A request of another form is refused with 422 and the name of the field."""
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StrictBool, StrictInt, StrictStr, model_validator
 
 from rarec.bundle.recommended import Id
+from rarec.errors import UserError
 
 SAFE_INTEGER = 2**53
 # pydantic refuses half a character of UTF-16, which no answer could carry back, where a length is limited
@@ -19,6 +21,13 @@ _BUNDLE = "Name of the bundle that answers; by default by share."
 Bundle = Annotated[StrictStr | None, Field(max_length=40, pattern="^[A-Za-z0-9._-]*$", description=_BUNDLE)]
 _USER = "Any key of the user: the same key gets the same bundle. It is not stored or logged."
 User = Annotated[Text | None, Field(description=_USER)]
+
+
+_WHERE = (
+    "Only items for which this condition on columns is true: `in_stock = true and category in ('lamps', 'chairs')`."
+)
+_DIVERSIFY = "How much the likeness of items within a list counts against them."
+_FALLBACK = "What an empty history gets, and what fills a list that the model leaves short."
 
 
 class BaseRequest(BaseModel):
@@ -49,7 +58,17 @@ class RecommendRequest(VectorsRequest):
     exclude_seen: StrictBool = True
     allow: Annotated[list[ItemId] | None, Field(description="The only items that may be returned.")] = None
     deny: Annotated[list[ItemId], Field(description="Items that may not be returned.")] = []
-    popular_if_empty: StrictBool = False
+    where: Annotated[StrictStr | None, Field(max_length=10_000, description=_WHERE, examples=[None])] = None
+    diversify: Annotated[float, Field(ge=0, le=1, strict=True, description=_DIVERSIFY)] = 0.0
+    fallback: Annotated[Literal["popularity", "recent", "none"], Field(description=_FALLBACK)] = "popularity"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_renamed(cls, values: Any) -> Any:
+        """Refuse a field of earlier versions by the name of the new one."""
+        if isinstance(values, Mapping) and "popular_if_empty" in values:
+            raise UserError("popular_if_empty is not a field any more", "write `fallback`: `popularity` is its default")
+        return values
 
 
 class SimilarRequest(BaseRequest):
@@ -125,6 +144,7 @@ class Recommended(BaseAnswer):
     """Answer of `/v1/recommend`."""
 
     results: list[UserItems]
+    unknown_in_rules: Annotated[list[AnswerId], Field(description="Ids in `allow` and `deny` that were skipped.")]
 
 
 class Vectors(BaseAnswer):

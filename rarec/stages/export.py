@@ -46,7 +46,9 @@ class ExportStage(Stage):
             problem = f"field `export.variant`: {row} is of no variant of train.variants ({', '.join(config.variants)})"
             raise UserError(problem, "add it to train.variants, or leave export.variant out: the best row is exported")
         of_export = config.export.model_dump(mode="json", exclude={"variant"})
-        return {"row": row, **of_export, **config.sections(*MODEL_SECTIONS)}
+        items = config.prepare.items
+        kept = {"columns": items.kept, "date": items.date} if items.kept else {}
+        return {"row": row, **of_export, **kept, **config.sections(*MODEL_SECTIONS)}
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
@@ -56,8 +58,12 @@ class ExportStage(Stage):
         return {**evaluation.inputs(), **sources, "evaluate": evaluation}
 
     def outside_inputs(self) -> dict[str, str]:
-        """See `Stage`: hashes of the language model and the prompt."""
-        return self.run.model_inputs
+        """See `Stage`: hashes of the language model and the prompt, and of the catalogue if its columns are kept."""
+        from rarec.data.preparation.inputs import input_hashes
+
+        prepare = self.run.config.prepare
+        columns = {"items": input_hashes(prepare)["items"]} if prepare.items.kept else {}
+        return {**self.run.model_inputs, **columns}
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
@@ -100,6 +106,7 @@ class ExportStage(Stage):
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
         from rarec.bundle.bundle import Catalogue
+        from rarec.bundle.columns import columns_of
         from rarec.bundle.write import Contents
 
         run = self.run
@@ -112,7 +119,9 @@ class ExportStage(Stage):
         for name, source in sources.items():
             _check_servable(name, source)
         tables = {name: run.directory("neighbours", name) for name in run.config.neighbours.by_name if name in parts}
-        catalogue = Catalogue(items.item_ids.whole(), list(items.titles), list(items.texts), items.train_counts_N)
+        ids = items.item_ids.whole()
+        columns = columns_of(run.config.prepare, ids)
+        catalogue = Catalogue(ids, list(items.titles), list(items.texts), items.train_counts_N, columns)
         return Contents(row, parts, run.baseline.name, catalogue, trained, sources, tables)
 
     def _trained(self, name: str) -> "Trained":

@@ -20,7 +20,8 @@ class PrepareStage(Stage):
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
         config = self.run.config
-        return {"seed": config.run.seed, "prepare": config.prepare.model_dump(mode="json", exclude=set(COMPUTES))}
+        left_out: Any = {**dict.fromkeys(COMPUTES, True), "items": {"columns", "date"}}  # a bundle alone has these
+        return {"seed": config.run.seed, "prepare": config.prepare.model_dump(mode="json", exclude=left_out)}
 
     def outside_inputs(self) -> dict[str, str]:
         """See `Stage`: hashes of the log and of the catalogue."""
