@@ -45,7 +45,7 @@ def test_the_page_has_the_table_of_rooms_and_their_imports():
 
 @pytest.mark.parametrize(
     "module",
-    "cli config planning.doctor prompts stages cluster bundle.rules".split(),
+    "cli config planning.doctor prompts stages cluster bundle.rules bundle.base".split(),
 )
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, rarec.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
@@ -80,7 +80,7 @@ def test_a_history_passes_the_files_of_the_page_to_its_top_k(recommender):
     own = {"models/slots.py", "prompts/hybrid.py"}  # the page has them in a training step
     assert {"bundle/recommender.py", "ranking/rank.py"} <= files
     assert files - listed("From a log") <= own
-    assert len(files) <= 16
+    assert len(files) <= 17
 
 
 def test_a_step_passes_the_files_of_the_page(decoder, tmp_path, monkeypatch):

@@ -14,15 +14,19 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
 import rarec
+from rarec.bundle.base import NotOffered
 from rarec.bundle.bundle import Bundle
 from rarec.bundle.parts import DenseForm, Parts, sample_histories, unknown_users
+from rarec.bundle.recommended import Explanation, Place, Request
 from rarec.bundle.write import hub_name
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.export import formats, rarec_client, write_targets
 from rarec.export.graphs import QueryGraph, write_graph
 from rarec.export.measured import Measured
+from rarec.export.onnx_recommender import OnnxRecommender
 from rarec.ranking import EvalBatch, VectorRanker
+from rarec.serve.engines import load_engine
 from rarec.serve.settings import settings_of
 from rarec.storage.artefacts import read_manifest, write_manifest
 from rarec.storage.files import read_json, write_json
@@ -95,10 +99,8 @@ def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, 
 
 @pytest.mark.slow
 def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, everyone):
-    from rarec.bundle.recommended import Request
-    from rarec.serve.engines import OnnxEngine
-
-    engine, known = OnnxEngine(served, settings_of(served, threads=1)), recommender.items
+    engine = load_engine(settings_of(served, backend="onnx", threads=1), served)
+    known = recommender.items
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
     for options in (
         {},
@@ -115,6 +117,69 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
     assert np.allclose(engine.vectors(everyone[:5]), vectors, atol=1e-4)
 
 
+def assert_same_answers(result, expected) -> None:
+    """Compare what two recommenders say, but for rounding, and for the order of items of equal scores."""
+    pairs = [(result, expected)]
+    while pairs:
+        one, other = pairs.pop()
+        if isinstance(other, dict | Explanation | Place):
+            one, other = (dict(each if isinstance(each, dict) else vars(each)) for each in (one, other))
+            assert list(one) == list(other)
+            pairs += [(one[key], other[key]) for key in other]
+        elif isinstance(other, list):
+            assert same([one], [other]), (one, other)
+        else:
+            assert one == (pytest.approx(other, rel=1e-5, abs=1e-5) if isinstance(other, float) else other)
+
+
+def answers_of(recommender, history: list[str]) -> dict[str, object]:
+    """Return what a recommender says of a history and of items, but for lists of recommendations."""
+    known = recommender.items
+    answers: dict[str, object] = {"compare": recommender.compare(history)}
+    answers |= {f"explain {item}": recommender.explain(history, item) for item in known[:3]}
+    answers |= {f"similar {item}": recommender.similar(item, 5) for item in known[:3]}
+    places = [("amber lamp", ""), ("", "of glass [SEP] and more"), ("no word that is known: ξ", "")]
+    return answers | {str(new): recommender.place(history, *new) for new in places}
+
+
+@pytest.mark.slow
+def test_onnx_runtime_answers_everything_that_the_bundle_answers(served, recommender, everyone):
+    onnx, known = OnnxRecommender(served, "per_layer+id+cheap", threads=1), recommender.items
+    assert onnx.missing == {}
+    for history in (everyone[0], everyone[1][:1], []):
+        result, expected = (answers_of(each, history) for each in (onnx, recommender))
+        assert_same_answers(result, expected)
+    for rules in ({"diversify": 0.5}, {"fallback": "none"}, {"allow": [*known[:4], "unknown"], "k": 6}):
+        result, expected = (each.recommend([*everyone[:9], []], **rules) for each in (onnx, recommender))
+        assert same(result, expected)
+        assert result.unknown_in_rules == expected.unknown_in_rules
+    sample = onnx.sample_user(5)
+    assert len(set(sample)) == 5
+    assert max(sample) < len(known)
+
+
+@pytest.mark.slow
+def test_an_export_of_an_earlier_version_recommends_and_says_what_it_lacks(
+    served, recommender, everyone, tmp_path, capsys
+):
+    folder = shutil.copytree(served, tmp_path / "served")
+    for name in ("catalogue.parquet", "parts.npz"):
+        (folder / name).unlink()
+    facts = read_json(folder / "client.json")
+    del facts["recommender"]
+    write_json(folder / "client.json", facts)
+    known = read_manifest(folder, "served")
+    write_manifest(folder, "served", settings=known["settings"], made_from=known["made_from"])
+    engine = load_engine(settings_of(folder, backend="onnx", threads=1), folder)
+    said = capsys.readouterr().err
+    assert all(f"{what} is not offered" in said for what in ("similar", "explain", "compare", "place", "diversify"))
+    assert same(engine.recommender.recommend(everyone[:5]), recommender.recommend(everyone[:5]))
+    with pytest.raises(NotOffered, match="rarec export BUNDLE"):
+        engine.recommender.compare(everyone[0])
+    with pytest.raises(NotOffered):
+        engine.recommender.recommend(everyone[:1], diversify=0.5)
+
+
 @pytest.mark.slow
 def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, tmp_path):
     """And gives users of a log full of ties what the batch gives them."""
@@ -122,12 +187,18 @@ def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, tmp_path)
     hidden = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "sklearn", "scipy"]
     with service(served, "--backend", "onnx", hidden=hidden) as started:
         answer = httpx.post(f"{started.url}/v1/recommend", json={"histories": everyone}, timeout=60).json()
-        refused = httpx.post(f"{started.url}/v1/compare", json={"history": []}, timeout=60)
+        compared = httpx.post(f"{started.url}/v1/compare", json={"history": everyone[0]}, timeout=60).json()["parts"]
+        refused = httpx.post(f"{started.url}/v1/items/place", json={"history": [], "title": "lamp"}, timeout=60)
     result = [
         [(entry["item"], entry["title"], entry["score"]) for entry in user["items"]] for user in answer["results"]
     ]
     assert same(result, batch_of(recommender, tmp_path / "log").values())
-    assert (refused.status_code, "--backend torch" in refused.json()["remedy"]) == (501, True)
+    listed = [[(entry["item"], entry["title"], entry["score"]) for entry in items] for items in compared.values()]
+    expected = recommender.compare(everyone[0])
+    assert list(compared) == list(expected)
+    assert same(listed, expected.values())
+    assert (refused.status_code, refused.json()["remedy"]) == (501, "pip install tokenizers scikit-learn")
+    assert "place is not offered" in started.events("warning")[0]["text"]
 
 
 def test_the_client_is_short():
@@ -208,6 +279,13 @@ def test_other_bundles(tmp_path, kind, overrides):
     users = [*histories(run, list(map(str, run.dataset.user_ids)))[:12], [], ["i003"]]
     expected = rarec.load(run.directory("export")).recommend(users, 10, fallback="none")
     assert same(client(folder).recommend(users, 10), expected)
+    onnx = OnnxRecommender(folder, recommender.row, threads=1)
+    for history in users[:3]:
+        if recommender.bundle.facts["model"]:
+            assert_same_answers(*(answers_of(each, history) for each in (onnx, recommender)))
+        else:
+            assert_same_answers(*(each.compare(history) for each in (onnx, recommender)))
+            assert_same_answers(*(each.explain(history, "i003") for each in (onnx, recommender)))
     rows = [[recommender.items.index(item) for item in user] for user in users[:3]]
     nobody = np.zeros(3, int)
     scores_BN = recommender.parts.ranker.scores(EvalBatch(nobody, list(map(np.array, rows)), nobody))
@@ -317,15 +395,12 @@ def test_a_card_names_a_language_model_of_the_hub_and_no_path_of_this_machine(mo
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
 def test_the_only_items_that_may_be_returned_are_found_whatever_the_index(run, kind, tmp_path):
     """An approximate index looks at some items only; those that are allowed may not be among them."""
-    from rarec.bundle.recommended import Request
-    from rarec.serve.engines import OnnxEngine
-
     recommender = rarec.load(exported(run, tmp_path, "export.variant=id_only+cheap").directory("export"))
     folder = write(recommender, tmp_path / kind, BOTH, index=kind)
     known = recommender.items
     requests = [Request([item], k=3, allow=known[10:14]) for item in known[:8]]
-    result, expected = OnnxEngine(folder, settings_of(folder, threads=1)).answer(requests), recommender.answer(requests)
-    assert same([answer.items for answer in result], expected.items)
+    result, expected = OnnxRecommender(folder, "", threads=1).answer(requests), recommender.answer(requests)
+    assert same(result, expected)
 
 
 def test_lora_weights_load_in_stock_peft(decoder, tmp_path):

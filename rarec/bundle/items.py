@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from rarec.bundle.bundle import IDS, MODEL, NO_COLUMNS, Bundle, Catalogue, Columns, Float32, Rows
+from rarec.bundle.bundle import IDS, MODEL, NO_COLUMNS, Bundle, Columns, Float32
+from rarec.bundle.catalogue import Catalogue
 from rarec.bundle.columns import date_of, read_columns
 from rarec.bundle.parts import Parts
 from rarec.bundle.write import write_version
@@ -23,9 +24,6 @@ from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
 from rarec.ids.source import LEFT, MAPPED_ITEMS
 from rarec.neighbours.base import pairs_of
-from rarec.neighbours.scores import newest_first, score
-from rarec.ranking import VectorRanker
-from rarec.ranking.rankers import compared_with
 
 
 def add_items(
@@ -198,52 +196,6 @@ def _vectors_of(bundle: Bundle, new: Catalogue, files: Mapping[str, str]) -> dic
             raise UserError(problem, "give one vector for each row of the table, zeros where there is none")
         vectors[name] = given
     return vectors
-
-
-def score_of_new(parts: Parts, history: Rows, title: str, text: str) -> float:
-    """Return the score that an item would have after a history if `add_items` had added it.
-
-    Args:
-        parts: of the bundle.
-        history: item rows, oldest first.
-        title: of the new item.
-        text: of the new item, "" if there is none.
-
-    Raises:
-        UserError: this row has no language model.
-    """
-    own_F = _vector_of_new(parts, title, text)
-    query_KF = parts.dense.users([history])[0]
-    total = float((query_KF.reshape(-1, len(own_F)) @ own_F).max())
-    for name, new_items in parts.new_items.items():
-        ranker, weight = parts.dense.sparse[name]
-        rows, scores = new_items.neighbours_of(title, text)
-        near_N = np.zeros(len(parts.bundle.catalogue.titles))
-        near_N[rows] = scores
-        newest, weights, _ = newest_first([history], ranker.newest, ranker.decay)
-        total += weight * float(score((weights * near_N[newest]).sum()))
-    return total
-
-
-def _vector_of_new(parts: Parts, title: str, text: str) -> Float32:
-    """Return the item's vector of the dense form; what other parts do not know is predicted from the first's."""
-    facts, (first, *others) = parts.bundle.facts["parts"], parts.rankers
-    sources = {name: np.zeros((1, source.dim), np.float32) for name, source in parts.encoder.sources.items()}
-    (own_Z,) = parts.encode_new([title], [text], sources)
-    vector_Z = facts[first]["weight"] * own_Z
-    beside = list[Float32]()
-    for name in others:
-        ranker = parts.rankers[name]
-        weight = facts[name]["weight"]
-        known = slice(None) if ranker.lacking_N is None else compared_with(ranker.lacking_N)
-        knows = parts.bundle.knows_new_items(name)
-        if not knows:
-            apart_Z = own_Z - parts.bundle.vectors[MODEL][known].mean(0)
-            vector_Z = vector_Z + weight * facts[name]["slope"] * apart_Z
-        if isinstance(ranker, VectorRanker):
-            mean_Z = ranker.items_NZ[known].mean(0)
-            beside.append(weight * (np.zeros_like(mean_Z) if knows else mean_Z))
-    return np.concatenate([vector_Z, *beside], dtype=np.float32)
 
 
 def _is_table(name: str) -> bool:

@@ -23,10 +23,12 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import csr_matrix
 
+from rarec.bundle.base import Part, chances
 from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
 from rarec.config.neighbours import built_in
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
+from rarec.evaluation.results import part_title
 from rarec.ids.source import Source
 from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder
@@ -122,6 +124,27 @@ class Parts:
         return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], lacking_N)
 
     @once
+    def described(self) -> dict[str, Part]:
+        """The parts of the row that is served, as the rules of a fusion read them."""
+        return {
+            name: Part(
+                title=part_title(name),
+                weight=part["weight"],
+                slope=part["slope"],
+                knows_new=self.bundle.knows_new_items(name),
+                vectors_NZ=ranker.items_NZ if isinstance(ranker := self.rankers[name], VectorRanker) else None,
+                lacking_N=self.rankers[name].lacking_N,
+            )
+            for name, part in self.bundle.facts["parts"].items()
+        }
+
+    @property
+    def newest_and_decay(self) -> tuple[int, float]:
+        """How a history is read by neighbour tables; see `newest_first`."""
+        rule = self.bundle.facts["neighbours"] or {"newest": 0, "decay": 1.0}
+        return int(rule["newest"]), float(rule["decay"])
+
+    @once
     def new_items(self) -> dict[str, NewItems]:
         """The finder of neighbours of new items for each table whose model is rarec's and knows them, by name."""
         bundle = self.bundle
@@ -214,31 +237,9 @@ def unknown_users(histories: RowsOfUsers) -> EvalBatch:
 def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:
     """Return histories to check a bundle with: 1 to 20 different items each, popular ones more often."""
     rng = np.random.default_rng(seed)
-    chances_N = chances(parts.bundle)
+    chances_N = chances(parts.bundle.catalogue.counts_N)
     lengths = rng.integers(1, min(20, len(chances_N) - 1), count, endpoint=True)
     return [rng.choice(len(chances_N), length, replace=False, p=chances_N) for length in lengths]
-
-
-def sample_history(bundle: Bundle, length: int = 5) -> list[int]:
-    """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
-    rng = np.random.default_rng()
-    chances_N = chances(bundle)
-    rows = [int(rng.choice(len(chances_N), p=chances_N))]
-    tables = sorted(bundle.tables, key=lambda name: name != "cooccurrence")
-    table_NN = bundle.near[tables[0]] if tables else csr_matrix((len(chances_N),) * 2)
-    while len(rows) < min(length, len(chances_N)):
-        own = table_NN.getrow(int(rng.choice(rows)))
-        nearest = own.indices[np.argsort(-own.data)[:10]]
-        new = np.setdiff1d(nearest if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
-        rows += [int(rng.choice(new))] if len(new) else []
-    return rows
-
-
-def chances(bundle: Bundle) -> npt.NDArray[np.float64]:
-    """Return the chance of each item to be in a sample: the root of its count."""
-    roots_N = np.sqrt(bundle.catalogue.counts_N + 1.0)
-    chances_N: npt.NDArray[np.float64] = roots_N / roots_N.sum()
-    return chances_N
 
 
 # ---- the dense form

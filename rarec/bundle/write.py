@@ -20,7 +20,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Catalogue, Float32
+from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Float32
+from rarec.bundle.catalogue import Catalogue
 from rarec.bundle.facts import SCHEMA
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.neighbours import built_in

@@ -6,7 +6,7 @@ dimension, F size of the fused vectors.
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -203,10 +203,10 @@ def taken(tower: Tower) -> list[str]:
 class ItemGraph(nn.Module):
     """An item's vector by the variant, from its prompt and its vectors of each source (zeros where it has none)."""
 
-    def __init__(self, model: RaRec, sources: Sequence[str]) -> None:
+    def __init__(self, model: RaRec, sources: Collection[str]) -> None:
         super().__init__()
         self.model = model
-        self.names = tuple(sources)
+        self.names = tuple(name for name in taken(model.item) if name in sources)
         self.eval().requires_grad_(False)
 
     @property

@@ -16,16 +16,17 @@ from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.export import Target, raise_if_far
 from rarec.export.formats import add_facts
-from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, taken, write_graph
+from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, write_graph
 from rarec.export.measured import K, Measured
+from rarec.export.onnx_recommender import CATALOGUE, ITEM, TABLES, TOKENIZER
+from rarec.models.build import slots_reserved
 from rarec.models.towers import side_batch
 from rarec.neighbours import scores
 from rarec.prompts import Encoded, PromptPair, lay_out
 from rarec.prompts.hybrid import Marks
 
 Float32 = npt.NDArray[np.float32]
-QUERY, INT8, ITEM = "query.onnx", "query.int8.onnx", "item.onnx"
-TOKENIZER, TITLES = "tokenizer.json", "titles.parquet"
+QUERY, INT8, TITLES = "query.onnx", "query.int8.onnx", "titles.parquet"
 CLIENT = "rarec_client.py"
 CHECKED = 64
 """Histories for which a graph is compared with the bundle."""
@@ -67,10 +68,13 @@ class Onnx(Target):
             overlap = measured.overlap(lambda query_VF, k: (-query_VF @ items_NF.T).argsort(1)[:, :k], rounded)
             figures["int8"] = {f"overlap@{K}": overlap, "measured_on": measured.users}
         copy_client(directory)
+        item = None
         if graph.variant:
-            figures["item_difference"] = _write_item(parts, directory / ITEM)
+            item_graph = ItemGraph(parts.encoder.model, graph.encoder.sources)
+            figures["item_difference"] = _write_item(parts, item_graph, directory / ITEM)
             graph.encoder.prompts.tokenizer.save(directory / TOKENIZER)
-        add_facts(directory, prompt=write_prompts(graph, directory))
+            item = _item_facts(parts, item_graph.names)
+        add_facts(directory, prompt=write_prompts(graph, directory), recommender=_write_parts(parts, item, directory))
         return figures
 
 
@@ -92,11 +96,51 @@ def queries_of(parts: Parts, histories: Sequence[npt.NDArray[np.int64]]) -> Floa
     return users.reshape(len(users), -1, users.shape[-1])
 
 
-def _write_item(parts: Parts, path: Path) -> float:
+def _write_parts(parts: Parts, item: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
+    """Write the catalogue and the single parts; return the facts that a recommender needs of them."""
+    bundle = parts.bundle
+    bundle.catalogue.write(directory / CATALOGUE)
+    tables: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for name, part in parts.described.items():
+        given = {"vectors": part.vectors_NZ, "lacking": part.lacking_N}
+        tables |= {f"{name}/{field}": table for field, table in given.items() if table is not None}
+        facts[name] = {key: getattr(part, key) for key in ("title", "weight", "slope", "knows_new")}
+    np.savez(directory / TABLES, **tables)
+    rule = {
+        "untitled": bundle.facts["tables"]["items"]["untitled"],
+        "top": (bundle.facts["neighbours"] or {}).get("top"),
+    }
+    variant = bundle.facts["model"] and bundle.facts["model"]["variant"]["name"]
+    return {
+        "parts": facts,
+        "compared": next((name for name in (variant, "id") if name in facts), None),
+        "date": bundle.date,
+        "words": dict.fromkeys(parts.new_items, rule),
+        "item": item,
+    }
+
+
+def _item_facts(parts: Parts, sources: Sequence[str]) -> dict[str, Any]:
+    """Return what it takes to make an item's prompt, and which vectors of sources the graph takes."""
+    bundle, encoder = parts.bundle, parts.encoder
+    tokenizer = encoder.prompts.tokenizer
+    plain = {name: getattr(tokenizer, name).tolist() for name in ("prefix", "suffix")}
+    return {
+        "prompt": bundle.config.prompt.model_dump(mode="json"),
+        "tokenizer": {**plain, "filler": tokenizer.filler, "adds_space": tokenizer.adds_space},
+        "slots": slots_reserved(bundle.config, bundle.shapes),
+        "context_length": parts.context_length,
+        "kind": bundle.facts["model"]["llm"]["kind"],
+        "counts": dict(encoder.model.item.slots),
+        "sources": {name: encoder.sources[name].dim for name in sources},
+    }
+
+
+def _write_item(parts: Parts, graph: ItemGraph, path: Path) -> float:
     """Write the item graph; return how far it is from the bundle's vectors."""
     encoder = parts.encoder
     model, sources = encoder.model, encoder.sources
-    graph = ItemGraph(model, [name for name in taken(model.item) if name in sources])
     rows = np.arange(min(CHECKED, len(encoder.prompts.titles)))
     vectors = {name: sources[name].items_NE[rows][:, None] for name in graph.names}
     prompts = [encoder.prompts.item(int(row)) for row in rows]

@@ -38,22 +38,22 @@ class Client:
         self.folder = Path(folder)
         self.files = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         if "rarec_scores.py" in self.files:  # earlier exports have none
-            self._checked("rarec_scores.py")
+            self.checked("rarec_scores.py")
         self.threads, self.batch = threads, batch
-        self.graph = self._session(graph)
-        self.facts = json.loads(Path(self._checked("client.json")).read_text(encoding="utf-8"))
-        self.index = faiss.read_index(self._checked("index.faiss"))
+        self.graph = self.session(graph)
+        self.facts = json.loads(Path(self.checked("client.json")).read_text(encoding="utf-8"))
+        self.index = faiss.read_index(self.checked("index.faiss"))
         self.vectors = _stored(self.index) if isinstance(self.index, faiss.IndexFlat) else None
         self.prompt = self.facts["prompt"]
-        items = pq.read_table(self._checked("items.parquet"), columns=["id", "title"])
+        items = pq.read_table(self.checked("items.parquet"), columns=["id", "title"])
         self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
         self.row_of = {str(item): row for row, item in enumerate(self.ids)}
         self.tables = {name: self._table(f"neighbours/{name}.parquet") for name in self.facts["neighbours"]}
-        texts = pq.read_table(self._checked("titles.parquet")).combine_chunks() if self.prompt["most"] else None
+        texts = pq.read_table(self.checked("titles.parquet")).combine_chunks() if self.prompt["most"] else None
         lists = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
         self.pieces = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in lists.items()}
 
-    def _checked(self, name: str) -> str:
+    def checked(self, name: str) -> str:
         """Return the path of a file that is as the manifest says."""
         path = self.folder / name
         with path.open("rb") as file:
@@ -62,7 +62,8 @@ class Client:
             raise ValueError(f"{path} was altered: write the folder again: rarec export BUNDLE --to onnx --to faiss")
         return str(path)
 
-    def _session(self, graph: str) -> Any:
+    def session(self, graph: str) -> Any:
+        """Return what runs a graph of the folder."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
         options.add_session_config_entry(
@@ -70,12 +71,12 @@ class Client:
         )  # else waiting takes half of the CPU time
         for name in self.files:
             if name.startswith(f"{graph}."):  # weights of a large graph
-                self._checked(name)
-        return onnxruntime.InferenceSession(self._checked(graph), options, providers=["CPUExecutionProvider"])
+                self.checked(name)
+        return onnxruntime.InferenceSession(self.checked(graph), options, providers=["CPUExecutionProvider"])
 
     def _table(self, name: str) -> tuple[Any, Any, Any]:
         """Return a neighbour table by item: where the item's neighbours begin and end, all neighbours, their scores."""
-        rows, neighbours, scores = (column.to_numpy() for column in pq.read_table(self._checked(name)).columns)
+        rows, neighbours, scores = (column.to_numpy() for column in pq.read_table(self.checked(name)).columns)
         return np.searchsorted(rows, np.arange(len(self.ids) + 1, dtype=rows.dtype)), neighbours, scores
 
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
@@ -113,15 +114,19 @@ class Client:
     def near(self, history: list[int]) -> Any:
         """Return what the neighbour tables add to the score of each item, (N,)."""
         added = np.zeros(len(self.ids), np.float32)
-        items, factors, _ = newest_first([history], self.facts["newest"], self.facts["decay"])
         for name, weight in self.facts["neighbours"].items():
-            starts, neighbours, values = self.tables[name]
-            sums = np.zeros(len(self.ids), np.float32)
-            for item, factor in zip(items, factors.tolist(), strict=True):
-                part = slice(starts[item], starts[item + 1])
-                sums[neighbours[part]] += factor * values[part]
-            added += weight * score(sums)
+            added += weight * self.table_scores(name, history)
         return added
+
+    def table_scores(self, name: str, history: list[int]) -> Any:
+        """Return the score of each item by a neighbour table, (N,)."""
+        starts, neighbours, values = self.tables[name]
+        sums = np.zeros(len(self.ids), np.float32)
+        items, factors, _ = newest_first([history], self.facts["newest"], self.facts["decay"])
+        for item, factor in zip(items, factors.tolist(), strict=True):
+            part = slice(starts[item], starts[item + 1])
+            sums[neighbours[part]] += factor * values[part]
+        return score(sums)
 
     def inputs(self, rows: list[list[int]], prompts: Any = ()) -> dict[str, Any]:
         """Return the graph's inputs after histories of item rows, whose prompts may be there already."""

@@ -33,13 +33,13 @@ class VllmClient(Client):
 
     def __init__(self, folder: Path | str, url: str, threads: int = 0, key: str = "", check: bool = True) -> None:
         super().__init__(folder, threads)
-        self.slots = self._session("slots.onnx") if "slots.onnx" in self.files else None
+        self.slots = self.session("slots.onnx") if "slots.onnx" in self.files else None
         self.served = self.facts["vllm"]
         self.url = url.rstrip("/")
         self.key = key
-        self.words = np.load(self._checked("words.npy"), mmap_mode="r") if "words.npy" in self.files else None
+        self.words = np.load(self.checked("words.npy"), mmap_mode="r") if "words.npy" in self.files else None
         if check:
-            self._check(np.load(self._checked("check.npz")))
+            self._check(np.load(self.checked("check.npz")))
 
     def queries(self, rows: list[list[int]]) -> Any:
         """Return query vectors, (B, K, F), after histories of item rows."""

@@ -16,11 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse
 
+from rarec.bundle.base import NotOffered
 from rarec.bundle.recommended import Request
 from rarec.errors import UserError
 from rarec.serve import schemas
 from rarec.serve.bundle_manager import BundleManager, Loaded, Unavailable, Unknown
-from rarec.serve.engines import Batcher, Busy, Closed, Engine, NotOffered, load_engine
+from rarec.serve.engines import Batcher, Busy, Closed, Engine, load_engine
 from rarec.serve.guard import REMEDIES, Guard, Metrics, problem
 from rarec.serve.settings import ServeSettings, settings_of_environment
 from rarec.version import __version__
@@ -256,7 +257,7 @@ OPENAPI, BUSY = "see /openapi.json", "try again after Retry-After seconds"
 REFUSED: dict[type[Exception], Callable[[Any], tuple[int, str, str]]] = {
     UserError: lambda error: (422, error.problem, error.remedy),
     RequestValidationError: lambda error: (422, _first_field(error), OPENAPI),
-    NotOffered: lambda error: (501, f"{error}: not offered by ONNX Runtime", "rarec serve --backend torch"),
+    NotOffered: lambda error: (501, error.problem, error.remedy),
     Unknown: lambda error: (404, f"there is no bundle {str(error)!r}", "see /v1/bundles"),
     Unavailable: lambda error: (503, f"bundle {str(error)!r} is not loaded", BUSY),
     Busy: lambda error: (503, "too many users wait", BUSY),

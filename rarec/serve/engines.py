@@ -10,22 +10,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-import pyarrow.parquet as pq
-
+from rarec.bundle.base import BaseRecommender
 from rarec.bundle.recommended import History, Id, Recommended, Request
-from rarec.bundle.rules import Plan, Rules
 from rarec.errors import UserError
+from rarec.serve.guard import event
 from rarec.serve.settings import ServeSettings
 from rarec.storage.artefacts import Manifest, check_files, read_manifest
-
-if TYPE_CHECKING:
-    from rarec.bundle.recommender import Recommender
 
 LONGEST = 20
 """Items of the longest history that an engine answers before it serves."""
@@ -40,10 +34,6 @@ class Answer(NamedTuple):
     unknown_in_rules: Sequence[Id] = ()
 
 
-class NotOffered(Exception):
-    """This backend cannot do it."""
-
-
 class Busy(Exception):
     """As many users wait as may wait."""
 
@@ -52,43 +42,22 @@ class Closed(Exception):
     """Another bundle has taken the place of this one."""
 
 
-class TorchEngine:
-    """A bundle whose model runs in PyTorch. Calls do not overlap.
+class Engine:
+    """A bundle that answers.
 
     Args:
-        path: of the bundle.
-        settings: of the service: device, language model, trusted parts.
+        recommender: over it.
+        version: hash of its manifest.
 
     Attributes:
-        recommender: answers what is asked beside recommendations and vectors.
         row: name of the row that is served.
-        version: hash of the bundle's manifest.
         ids: of the catalogue.
         titles: of the catalogue.
-
-    Raises:
-        UserError: the bundle is missing or damaged.
     """
 
-    def __init__(self, path: Path, settings: ServeSettings) -> None:
-        import torch
-
-        from rarec.bundle.bundle import Bundle
-        from rarec.bundle.recommender import Recommender
-
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        bundle = Bundle.open(path, settings.trusted)
-        llm, batch_size = settings.llm, settings.batch_size
-        self.recommender = Recommender(bundle, device=settings.device, llm=llm, batch_size=batch_size)
-        self.row = str(bundle.facts["row"])
-        self.version = str(bundle.manifest["hash"])
-        self.ids = self.recommender.items
-        self.titles = bundle.catalogue.titles
-        if bundle.facts["model"]:
-            model = self.recommender.parts.encoder.model
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.clone()  # a mapped file that is cut short on the disk would end the process
+    def __init__(self, recommender: BaseRecommender, version: str) -> None:
+        self.recommender, self.version = recommender, version
+        self.row, self.ids, self.titles = recommender.row, recommender.items, recommender.catalogue.titles
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Recommend. Raises `UserError` where a request's rules are wrong."""
@@ -101,84 +70,48 @@ class TorchEngine:
         return vectors
 
 
-class OnnxEngine:
-    """A bundle whose model runs in ONNX Runtime: neither torch nor the language model's folder is needed.
-
-    Its attributes and methods are those of `TorchEngine`.
-
-    Args:
-        folder: of `rarec export BUNDLE --to onnx --to faiss`.
-        settings: of the service: threads and the size of a batch.
-
-    Raises:
-        UserError: it is missing, damaged, or lacks a form.
-    """
-
-    def __init__(self, folder: Path, settings: ServeSettings) -> None:
-        manifest = check_served(folder)
-        try:
-            client = import_module("rarec.export.rarec_client")
-        except ModuleNotFoundError as error:
-            raise UserError(f"backend onnx: {error.name} is not installed", "pip install 'rarec[serving]'") from None
-        self._client = client.Client(folder, settings.threads or 0, batch=settings.batch_size or client.BATCH)
-        self.row = str(manifest["settings"]["row"])
-        self.version = str(manifest["hash"])
-        self.ids: list[Id] = self._client.ids
-        self.titles: list[str] = self._client.titles
-        counts_N = pq.read_table(folder / "items.parquet", columns=["train_count"])["train_count"].to_numpy()
-        self._rules = Rules(self.ids, counts_N, {})
-
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """See `TorchEngine`."""
-        histories, unknown = self._rules.rows([request.history for request in requests])
-        plans = self._rules.plans(requests, histories)
-        asked = [user for user, plan in enumerate(plans) if plan.candidates]
-        queries = self._client.queries([histories[user].tolist() for user in asked])
-        best = {user: self._best(plans[user], query) for user, query in zip(asked, queries, strict=True)}
-        return [self._answer(plan, best.get(user, []), unknown[user]) for user, plan in enumerate(plans)]
-
-    def vectors(self, histories: Sequence[History]) -> list[Any]:
-        """See `TorchEngine`."""
-        queries = self._client.queries([rows.tolist() for rows in self._rules.rows(histories)[0]])
-        return [(query[0] if len(query) == 1 else query).tolist() for query in queries]
-
-    @property
-    def recommender(self) -> "Recommender":
-        """Refuse what needs texts or the single parts of the row, which the folder does not have.
-
-        Raises:
-            NotOffered: always.
-        """
-        raise NotOffered("what needs texts or single parts")
-
-    def _best(self, plan: Plan, query: Any) -> list[tuple[int, float]]:
-        """Return rows and scores of the best items that may be returned."""
-        among = None if plan.shut_N is None else np.flatnonzero(~plan.shut_N)
-        best: list[tuple[int, float]]
-        best = self._client.best(query, plan.history.tolist(), plan.candidates, plan.seen, among)
-        return best
-
-    def _answer(self, plan: Plan, best: list[tuple[int, float]], unknown: int) -> Answer:
-        rows = np.array([row for row, _ in best], np.int64)
-        scores = np.array([score for _, score in best], np.float32)
-        listed = zip(*(part.tolist() for part in plan.listed(rows, scores)), strict=True)
-        items = [Recommended(self.ids[row], self.titles[row], score) for row, score in listed]
-        return Answer(items, unknown, plan.unknown)
-
-
-Engine = TorchEngine | OnnxEngine
-
-
 def load_engine(settings: ServeSettings, path: Path) -> Engine:
-    """Open the engine of a bundle.
+    """Open the engine of a bundle, say what it cannot answer, and warm it up.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    engine = OnnxEngine(path, settings) if settings.backend == "onnx" else TorchEngine(path, settings)
+    engine = (_load_onnx if settings.backend == "onnx" else _load_torch)(path, settings)
+    for what, error in engine.recommender.missing.items():
+        event("warning", f"{path}: {what} is not offered: {error.problem} -> {error.remedy}")
     lengths = [1 + user % LONGEST for user in range(settings.warm_up)]
     engine.answer([Request(engine.ids[:length]) for length in lengths])  # so that no request waits for memory
     return engine
+
+
+def _load_torch(path: Path, settings: ServeSettings) -> Engine:
+    """Open a bundle whose model runs in PyTorch."""
+    import torch
+
+    from rarec.bundle.bundle import Bundle
+    from rarec.bundle.recommender import Recommender
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    bundle = Bundle.open(path, settings.trusted)
+    recommender = Recommender(bundle, device=settings.device, llm=settings.llm, batch_size=settings.batch_size)
+    if bundle.facts["model"]:
+        model = recommender.parts.encoder.model
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # a mapped file that is cut short on the disk would end the process
+    return Engine(recommender, str(bundle.manifest["hash"]))
+
+
+def _load_onnx(path: Path, settings: ServeSettings) -> Engine:
+    """Open a folder whose model runs in ONNX Runtime: neither torch nor the language model's folder is needed."""
+    manifest = check_served(path)
+    try:
+        from rarec.export.onnx_recommender import OnnxRecommender
+    except ModuleNotFoundError as error:
+        raise UserError(f"backend onnx: {error.name} is not installed", "pip install 'rarec[serving]'") from None
+    row = str(manifest["settings"]["row"])
+    recommender = OnnxRecommender(path, row, settings.threads or 0, settings.batch_size)
+    return Engine(recommender, str(manifest["hash"]))
 
 
 def check_served(folder: Path) -> Manifest:

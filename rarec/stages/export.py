@@ -105,7 +105,7 @@ class ExportStage(Stage):
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
-        from rarec.bundle.bundle import Catalogue
+        from rarec.bundle.catalogue import Catalogue
         from rarec.bundle.columns import columns_of
         from rarec.bundle.write import Contents
 

@@ -1,0 +1,361 @@
+"""What a recommender answers, whatever computes its scores: PyTorch, or ONNX Runtime. Needs no torch.
+
+Shape letters: B users, N catalogue, K items returned, V vectors of a user, Z size of a scored vector, F size of the
+fused vectors.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.bundle.catalogue import Catalogue
+from rarec.bundle.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
+from rarec.bundle.rules import Plan, Rules, check_k, lists_of
+from rarec.errors import UserError
+from rarec.neighbours.scores import newest_first, score
+
+if TYPE_CHECKING:
+    from rarec.neighbours.base import NewItems
+
+Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+
+class NotOffered(UserError):
+    """A folder, or what is installed here, lacks what an answer needs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the row that is served; see `FusedRanker`.
+
+    Attributes:
+        title: its name in answers.
+        weight: of its scores.
+        slope: of its scores over those of the first part.
+        knows_new: whether it scores items without training interactions.
+        vectors_NZ: item vectors; None of a neighbour table.
+        lacking_N: marks items that it knows nothing of; None for none.
+    """
+
+    title: str
+    weight: float
+    slope: float
+    knows_new: bool
+    vectors_NZ: Float32 | None
+    lacking_N: npt.NDArray[np.bool_] | None
+
+    @property
+    def known_N(self) -> npt.NDArray[np.bool_] | slice:
+        """The items with whose mean its unknown items are compared: those that it knows, or else all."""
+        return slice(None) if self.lacking_N is None or self.lacking_N.all() else ~self.lacking_N
+
+
+class BaseRecommender(ABC):
+    """Ranks the items of a catalogue for any history. Several threads may share one.
+
+    A subclass computes the scores.
+
+    Args:
+        row: name of the row that is served.
+        catalogue: the items.
+        date: the column of the items' dates, if there is one.
+        compared_NE: the vectors by which items are compared; None where there are none.
+        lists: whether the row scores the few items alone that it lists for a user.
+
+    Attributes:
+        items: ids of the catalogue.
+        rules: what narrows, mixes and fills the lists.
+        missing: methods that cannot answer, and why; `diversify` among them.
+    """
+
+    missing: Mapping[str, NotOffered] = MappingProxyType({})
+
+    def __init__(
+        self, row: str, catalogue: Catalogue, date: str | None, compared_NE: Float32 | None, lists: bool
+    ) -> None:
+        self.row, self.catalogue, self._compared_NE = row, catalogue, compared_NE
+        self.items: list[Id] = catalogue.ids.to_pylist()
+        self.rules = Rules(self.items, catalogue.counts_N, catalogue.columns, date, compared_NE, lists)
+
+    # What a subclass has.
+
+    @abstractmethod
+    def best(self, plans: Sequence[Plan]) -> list[tuple[Rows, Float32]]:
+        """Return the best items that each request allows, as many as its plan wants, and their scores; -1 is none."""
+
+    @abstractmethod
+    def queries(self, histories: Sequence[Rows]) -> Float32:
+        """Return the vectors of users (B, V, F), whose best inner product with an item's is the score by vectors."""
+
+    @abstractmethod
+    def part_scores(self, history: Rows) -> dict[str, Float32]:
+        """Return the scores of the catalogue by each part of the row alone, (N,) by name."""
+
+    @property
+    @abstractmethod
+    def row_parts(self) -> Mapping[str, Part]:
+        """The parts of the row, by name."""
+
+    @property
+    @abstractmethod
+    def new_items(self) -> "Mapping[str, NewItems]":
+        """The finders of neighbours of new items, by the part's name."""
+
+    @property
+    @abstractmethod
+    def newest_and_decay(self) -> tuple[int, float]:
+        """How a history is read by neighbour tables; see `newest_first`."""
+
+    @abstractmethod
+    def encode_new(self, title: str, text: str) -> Float32:
+        """Return the variant's vector (Z,) of an item without ID vectors. Raises `UserError` where there is none."""
+
+    @abstractmethod
+    def neighbours(self, row: int) -> Rows:
+        """Return the items that are bought with one, best first, by a table of the row; none where it has none."""
+
+    # What it answers.
+
+    def require(self, what: str) -> None:
+        """Refuse what is missing: a method's name, or `diversify`.
+
+        Raises:
+            NotOffered: it is.
+        """
+        if what in self.missing:
+            raise self.missing[what].with_traceback(None)
+
+    def recommend(
+        self,
+        histories: Sequence[History],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        allow: Collection[Id] | None = None,
+        deny: Collection[Id] = (),
+        where: str | None = None,
+        diversify: float = 0.0,
+        fallback: str = "popularity",
+    ) -> Recommendations:
+        """Return the k best items for each history.
+
+        Args:
+            histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are skipped and
+                counted.
+            k: number of items.
+            exclude_seen: leave out the items of the history.
+            allow: the only items that may be returned; all by default. Unknown ids are skipped, here and in `deny`, and
+                are in the answer.
+            deny: items that may not be returned.
+            where: a condition on the catalogue's columns; items of which it is not true may not be returned.
+            diversify: from 0 to 1, how much an item's likeness to those before it in the list counts against it. The
+                next item of a list is the one with the largest (1 - diversify) relevance - diversify * its largest
+                cosine with one before it, where relevance is the score, scaled to 0..1 among the candidates: the 10 k
+                best, at least 100 and at most 1000 (maximal marginal relevance, Carbonell and Goldstein 1998).
+            fallback: what an empty history gets, and what fills a list where the model scores too few items:
+                `popularity`, `recent` (the newest items, if the catalogue has dates) or `none`. These have the score 0.
+
+        Raises:
+            UserError: k is not positive, `diversify` is not within 0 and 1, `fallback` or `where` is wrong, or the
+                bundle lacks what they need: dates, item vectors, columns.
+        """
+        rules = (k, exclude_seen, allow, deny, where, diversify, fallback)
+        return self.answer([Request(own, *rules) for own in lists_of(histories)])
+
+    def answer(self, requests: Sequence[Request]) -> Recommendations:
+        """Return the items that each of several users asks for, in one pass of the model.
+
+        Raises:
+            UserError: see `recommend`.
+        """
+        if any(request.diversify for request in requests):
+            self.require("diversify")
+        histories, unknown = self.rules.rows([request.history for request in requests])
+        plans = self.rules.plans(requests, histories)
+        return Recommendations(self._ranked(plans), unknown, [plan.unknown for plan in plans])
+
+    def recommend_to(self, histories: Sequence[Rows], k: int = 10, **rules: Any) -> list[list[Recommended]]:
+        """Return the k best new items for histories of item rows, as `open_log` yields them; rules as of `Request`."""
+        return self._ranked(self.rules.plans([Request((), k, **rules)] * len(histories), histories))
+
+    def _ranked(self, plans: Sequence[Plan]) -> list[list[Recommended]]:
+        asked = [plan for plan in plans if plan.candidates]
+        best = iter(self.best(asked) if asked else ())
+        nothing = np.empty(0, np.int64), np.empty(0, np.float32)
+        return [self._listed(*plan.listed(*(next(best) if plan.candidates else nothing))) for plan in plans]
+
+    def _listed(self, rows_K: Rows, scores_K: Float32) -> list[Recommended]:
+        """Return items by their rows; -1 is none."""
+        titles = self.catalogue.titles
+        scored = zip(rows_K.tolist(), scores_K.tolist(), strict=True)
+        return [Recommended(self.items[row], titles[row], score) for row, score in scored if row >= 0]
+
+    def query_vectors(self, histories: Sequence[History]) -> Float32:
+        """Return what a vector index is searched with, (B, F); (B, K, F) where the best of K scores counts.
+
+        The inner product with an item's `values` in the tables of `rarec export BUNDLE --to vectors` is the score of
+        this row without its neighbour tables; `rerank` adds them.
+
+        Raises:
+            UserError: there is no history, or this row has no vectors.
+        """
+        rows, _ = self.rules.rows(histories, empty=False)
+        vectors_BVF = self.queries(rows)
+        return vectors_BVF[:, 0] if vectors_BVF.shape[1] == 1 else vectors_BVF
+
+    def similar(self, item: Id, k: int = 10) -> list[Recommended]:
+        """Return the k items whose vectors have the largest cosine with an item's.
+
+        Raises:
+            UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
+        """
+        self.require("similar")
+        check_k(k)
+        row = int(self._known([item])[0])
+        if self._compared_NE is None:
+            raise UserError(f"{self.row} has no item vectors", "export a row with a variant or the ID model")
+        cosines_N = _cosines(self._compared_NE, row)
+        cosines_N[row] = -np.inf
+        best = np.argsort(-cosines_N, kind="stable")[: min(k, len(cosines_N) - 1)]
+        return self._listed(best, cosines_N[best])
+
+    def explain(self, history: History, item: Id, k: int = 3) -> Explanation:
+        """Return the evidence for an item after a history: each part's share of the score, the k nearest items.
+
+        Raises:
+            UserError: k is not positive, or the item is not in the catalogue.
+        """
+        self.require("explain")
+        check_k(k)
+        (rows,), _ = self.rules.rows([history])
+        row = int(self._known([item])[0])
+        parts = self.row_parts
+        shares = {  # compared with the average item
+            parts[name].title: parts[name].weight * float(scores_N[row] - scores_N.mean())
+            for name, scores_N in self._predicted(rows).items()
+        }
+        return Explanation(item, self.catalogue.titles[row], shares, self._nearest(rows, row, k))
+
+    def _predicted(self, history: Rows) -> dict[str, Float32]:
+        """Return the scores of the parts, with those that are predicted for the items that a part lacks."""
+        scores = self.part_scores(history)
+        first, *others = self.row_parts
+        first_N, lists = scores[first], self.row_parts[first].vectors_NZ is None
+        for name in others:
+            part = self.row_parts[name]
+            if part.lacking_N is not None and part.lacking_N.any():
+                usual = 0.0 if lists else first_N[part.known_N].mean()
+                scores[name] = scores[name] + np.float32(part.slope) * (first_N - usual) * part.lacking_N
+        return scores
+
+    def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
+        """Return the items of a history that are most like another; none where there are no vectors."""
+        if self._compared_NE is None or not len(rows):
+            return []
+        cosines_N = _cosines(self._compared_NE, row)
+        best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
+        return self._listed(best, cosines_N[best])
+
+    def compare(self, history: History, k: int = 10) -> dict[str, list[Recommended]]:
+        """Return the k best new items by each part of the row alone, by the part's title.
+
+        Raises:
+            UserError: k is not positive.
+        """
+        self.require("compare")
+        check_k(k)
+        (rows,), _ = self.rules.rows([history])
+        best = {}
+        for name, scores_N in self.part_scores(rows).items():
+            order = _order(scores_N, rows)[:k]
+            best[self.row_parts[name].title] = self._listed(order, scores_N[order])
+        return best
+
+    def place(self, history: History, title: str, text: str = "", around: int = 3) -> Place:
+        """Return the place that a new item would have after a history, if `rarec items add` had added it.
+
+        Raises:
+            UserError: this row has no language model.
+        """
+        self.require("place")
+        (rows,), _ = self.rules.rows([history])
+        new = self._score_of_new(rows, title, text)
+        weighted = (self.row_parts[name].weight * scores_N for name, scores_N in self._predicted(rows).items())
+        scores_N: Float32 = np.sum(list(weighted), axis=0, dtype=np.float32)
+        order = _order(scores_N, rows)
+        rank = int((scores_N[order] >= new).sum()) + 1
+        beside = order[max(0, rank - 1 - around) : rank - 1], order[rank - 1 : rank - 1 + around]
+        return Place(rank, len(order) + 1, new, *(self._listed(part, scores_N[part]) for part in beside))
+
+    def _score_of_new(self, history: Rows, title: str, text: str) -> float:
+        """Return the score that an item would have after a history if `rarec items add` had added it."""
+        vector_F = self._vector_of_new(title, text)
+        total = float((self.queries([history])[0] @ vector_F).max())
+        newest, weights, _ = newest_first([history], *self.newest_and_decay)
+        for name, finder in self.new_items.items():
+            rows, scores = finder.neighbours_of(title, text)
+            near_N = np.zeros(len(self.items))
+            near_N[rows] = scores
+            total += self.row_parts[name].weight * float(score((weights * near_N[newest]).sum()))
+        return total
+
+    def _vector_of_new(self, title: str, text: str) -> Float32:
+        """Return an item's fused vector; what other parts do not know is predicted from the first's."""
+        own_Z = self.encode_new(title, text)
+        first, *others = self.row_parts.values()
+        assert first.vectors_NZ is not None  # the variant's
+        vector_Z = first.weight * own_Z
+        beside = list[Float32]()
+        for part in others:
+            if not part.knows_new:
+                apart_Z = own_Z - first.vectors_NZ[part.known_N].mean(0)
+                vector_Z = vector_Z + part.weight * part.slope * apart_Z
+            if part.vectors_NZ is not None:
+                mean_Z = part.vectors_NZ[part.known_N].mean(0)
+                beside.append(part.weight * (np.zeros_like(mean_Z) if part.knows_new else mean_Z))
+        return np.concatenate([vector_Z, *beside], dtype=np.float32)
+
+    def sample_user(self, length: int = 5) -> list[int]:
+        """Return the item rows of a user who might be: a popular item, then neighbours of those before."""
+        rng = np.random.default_rng()
+        chances_N = chances(self.catalogue.counts_N)
+        rows = [int(rng.choice(len(chances_N), p=chances_N))]
+        while len(rows) < min(length, len(chances_N)):
+            near = self.neighbours(int(rng.choice(rows)))[:10]
+            new = np.setdiff1d(near if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
+            rows += [int(rng.choice(new))] if len(new) else []
+        return rows
+
+    def _known(self, items: Collection[Id]) -> Rows:
+        """Return the rows of items, all of which must be in the catalogue."""
+        items = list(items)
+        rows = [self.rules.row_of.get(str(item)) for item in items]
+        if None in rows:
+            raise UserError(f"item {items[rows.index(None)]!r} is not in the catalogue", "leave it out")
+        return np.array(rows, np.int64)
+
+
+def chances(counts_N: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """Return the chance of each item to be in a sample: the root of its count."""
+    roots_N = np.sqrt(counts_N + 1.0)
+    chances_N: npt.NDArray[np.float64] = roots_N / roots_N.sum()
+    return chances_N
+
+
+def _order(scores_N: Float32, seen: Rows) -> Rows:
+    """Return the items that were not seen, best first."""
+    order = np.argsort(-scores_N, kind="stable")
+    return order[~np.isin(order, seen)]
+
+
+def _cosines(vectors: Float32, row: int) -> Float32:
+    """Return the cosine of every vector with one of them, (N,)."""
+    lengths_N = np.maximum(np.linalg.norm(vectors, axis=1), np.finfo(np.float32).tiny)
+    cosines_N: Float32 = vectors @ vectors[row] / lengths_N / lengths_N[row]
+    return cosines_N
