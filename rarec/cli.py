@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from rarec.cli_bundle import LanguageModel, Overrides, Trust, items, open_bundle, realign, recommend, serve
+from rarec.cli_bundle import (
+    LanguageModel,
+    Overrides,
+    Trust,
+    items,
+    open_bundle,
+    realign,
+    recommend,
+    report_clicks,
+    serve,
+)
 from rarec.console.inert import in_one_line
 from rarec.console.progress import Console, console, say
 from rarec.entry import open_run, run_stage, write_example
@@ -109,6 +119,25 @@ def shards(
         run_stage("shards", config, overrides, fresh)
 
 
+def report(
+    config: Annotated[
+        Path, typer.Argument(help="Run configuration, YAML; or: clicks IMPRESSIONS CLICKS", show_default=False)
+    ],
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    columns: Annotated[str | None, typer.Option(help="Of CLICKS, where they differ: id=answer,item=sku")] = None,
+) -> None:
+    """Write the report of a run, or print the click rates of a service."""
+    if str(config) == "clicks":
+        report_clicks(overrides or [], columns)
+    elif columns:
+        raise UserError(
+            "--columns are those of a table of clicks", "rarec report clicks IMPRESSIONS CLICKS --columns ..."
+        )
+    else:
+        run_stage("report", config, overrides, fresh)
+
+
 def export(
     config: Annotated[Path, typer.Argument(help="Run configuration, YAML; with --to a bundle.", show_default=False)],
     overrides: Overrides = None,
@@ -149,7 +178,7 @@ def _refuse_given(why: str, **options: object) -> None:
             raise UserError(f"rarec export: {shown} {why}", remedy)
 
 
-_OWN: dict[str, Callable[..., None]] = {"shards": shards, "export": export}
+_OWN: dict[str, Callable[..., None]] = {"shards": shards, "export": export, "report": report}
 for _name in STAGES:
     _does = _OWN.get(_name) or _command(_name)
     app.command(_name, help=_help(_name), rich_help_panel=IN_ORDER)(_does)

@@ -184,6 +184,18 @@ def serve(
     server.serve(served, settings, host, port, workers, drain)
 
 
+def report_clicks(words: Sequence[str], columns: str | None) -> None:
+    """Print the click rates of the bundles of a service: `rarec report clicks IMPRESSIONS CLICKS`."""
+    from rarec.report.clicks import ROLES, count_clicks, lines
+
+    if len(words) != 2:
+        remedy = "rarec report clicks IMPRESSIONS CLICKS: the folder of `impressions.path`, and a table"
+        raise UserError("rarec report clicks takes two paths", remedy)
+    given = _pairs("--columns", columns.split(",") if columns else [], "ROLE=COLUMN", ROLES)
+    for line in lines(count_clicks(Path(words[0]), words[1], given)):
+        print(line)
+
+
 @items.command("add")
 def add(
     bundle: BundleFolder,

@@ -6,15 +6,17 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 import tomllib
-from typing import Any
 
 import pytest
 import typer
 import yaml
+from starlette.testclient import TestClient
 
 from rarec.cli import app
-from rarec.serve.guard import Metrics
+from rarec.serve.app import assemble
+from rarec.serve.settings import ServeSettings, read_settings
 from tests.pages import DOCS, ROOT
 
 DEPLOY = DOCS / "deploy"
@@ -69,31 +71,59 @@ def test_kubernetes_asks_for_paths_and_ports_that_are_there():
     assert f"EXPOSE {container['ports'][0]['containerPort']}" in (DEPLOY / "Dockerfile").read_text()
 
 
-def test_the_dashboard_asks_for_metrics_that_are_there():
-    metrics = Metrics()
-    metrics.request("GET", "/v1/recommend", 200, 0.1)
-    metrics.events.labels("loaded").inc()
-    there = set(re.findall(r"^(rarec_\w+)", metrics.text().decode(), re.MULTILINE))
-    board = json.loads((DEPLOY / "grafana.json").read_text())
-    asked = {
-        name for panel in board["panels"] for one in panel["targets"] for name in re.findall(r"rarec_\w+", one["expr"])
-    }
-    assert len(asked) >= 6
+@pytest.fixture(scope="module")
+def asked_and_counted(run) -> str:
+    """The metrics of a service that has answered, refused, noted, and asked its shadow."""
+    bundle = run.directory("export")
+    bundles = {"a": {"path": str(bundle)}, "b": {"path": str(bundle), "share": 0.0}}
+    settings = ServeSettings(
+        bundles=bundles,
+        device="cpu",
+        shadow={"bundle": "b", "share": 1.0},
+        impressions={"path": str(run.directory("export").parent / "shown"), "seconds": 0.1},
+    )
+    app, manager = assemble(lambda: settings)
+    manager.load()
+    end = time.monotonic() + 30
+    with TestClient(app) as client:
+        text = ""
+        while 'rarec_impressions_total{outcome="written"}' not in text or "rarec_shadow_overlap_sum" not in text:
+            assert time.monotonic() < end, text
+            client.post("/v1/recommend", json={"histories": [["i001"]]})
+            client.post("/v1/recommend", json={})
+            text = client.get("/metrics").text
+        return text
+
+
+def _exprs(name: str) -> list[str]:
+    text = (DEPLOY / name).read_text()
+    if name == "grafana.json":
+        return [one["expr"] for panel in json.loads(text)["panels"] for one in panel["targets"]]
+    return [rule["expr"] for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+
+
+@pytest.mark.parametrize(("name", "least"), [("grafana.json", 12), ("alerts.yaml", 4)])
+def test_dashboard_and_alerts_ask_for_metrics_and_labels_that_are_there(asked_and_counted, name, least):
+    there = set(re.findall(r"^(rarec_\w+)", asked_and_counted, re.MULTILINE))
+    asked = {metric for expr in _exprs(name) for metric in re.findall(r"rarec_\w+", expr)}
+    assert len(asked) >= least
     assert asked <= there
+    labels = {label for labels in re.findall(r"{(.*)}", asked_and_counted) for label in re.findall(r"(\w+)=", labels)}
+    used = re.findall(r'(\w+)=~?"|by \(([\w, ]+)\)', " ".join(_exprs(name)))
+    assert {label.strip() for given in used for part in given for label in part.split(",") if label} <= labels
 
 
-@pytest.mark.parametrize("name", ["rarec.service", "Dockerfile", "kubernetes.yaml", "grafana.json"])
+@pytest.mark.parametrize("name", ["rarec.service", "Dockerfile", "kubernetes.yaml", "grafana.json", "alerts.yaml"])
 def test_each_is_named_by_the_page(name):
     assert f"(deploy/{name})" in (DOCS / "operations.md").read_text()
 
 
 def test_the_settings_of_the_page_are_valid(tmp_path):
-    from rarec.serve.settings import read_settings
-
-    text = next(block for block in _yaml_of_serving() if "bundles:" in block)
-    (tmp_path / "serve.yaml").write_text(text)
-    found: Any = read_settings(tmp_path / "serve.yaml")
-    assert set(found.bundles) == {"new", "old"}
+    texts = [block for block in _yaml_of_serving() if "bundles:" in block]
+    assert len(texts) >= 2
+    for text in texts:
+        (tmp_path / "serve.yaml").write_text(text)
+        assert len(read_settings(tmp_path / "serve.yaml").bundles) == 2
 
 
 def _yaml_of_serving() -> list[str]:

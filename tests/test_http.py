@@ -1,5 +1,6 @@
 """`rarec serve`: the same answers as in Python, limits, refusals, and bundles that are replaced while they serve."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -18,14 +19,14 @@ from starlette.testclient import TestClient
 
 import rarec
 from rarec.bundle.parts import sample_histories
-from rarec.bundle.recommended import Recommended, Request
 from rarec.errors import UserError
 from rarec.serve import bundle_manager, schemas
 from rarec.serve.app import PAGE, assemble
-from rarec.serve.engines import Answer, Batcher, Busy, Closed
-from rarec.serve.guard import Rates, forget_ended_workers
+from rarec.serve.guard import Rates
 from rarec.serve.settings import ServeSettings, read_settings, settings_of
+from rarec.serve.telemetry import forget_ended_workers
 from rarec.storage.artefacts import MANIFEST
+from tests.batching import Slow, Timed
 from tests.recommending import batch_of, histories, tied_log
 
 
@@ -186,7 +187,11 @@ def test_it_says_what_it_serves(client):
     text = client.get("/metrics").text
     assert 'rarec_requests_total{method="POST",route="/v1/recommend",status="200"}' in text
     assert "rarec_batch_users_bucket" in text
-    assert set(client.get("/openapi.json").json()["paths"]) >= {"/v1/recommend", "/v1/explain", "/ready"}
+    openapi = client.get("/openapi.json").json()
+    assert set(openapi["paths"]) >= {"/v1/recommend", "/v1/explain", "/ready"}
+    assert openapi["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    assert openapi["paths"]["/v1/recommend"]["post"]["security"] == [{"token": []}]
+    assert "security" not in openapi["paths"]["/ready"]["get"]
 
 
 # ---- what is refused
@@ -313,7 +318,7 @@ def test_tokens(bundle, tmp_path):
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert client.get("/metrics").status_code == 401
         assert [client.get(path).status_code for path in ("/", "/health", "/ready")] == [200] * 3
-        assert client.get("/ready").json() == {"ready": True}
+        assert client.get("/ready").json() == {"ready": True, "overloaded": False}
         own = {"authorization": "bearer another-token-of-some-length"}
         assert client.post("/v1/recommend", json={"histories": [["i001"]]}, headers=own).status_code == 200
     tokens.write_text("short\n")
@@ -332,7 +337,7 @@ def test_rates(bundle):
     assert len(rates._left) <= 10_000
 
 
-# ---- passes of the model
+# ---- load
 
 
 def wait_for(what: Any) -> None:
@@ -342,73 +347,9 @@ def wait_for(what: Any) -> None:
         time.sleep(0.02)
 
 
-class Slow:
-    """An engine whose passes wait until they may."""
-
-    row, version, ids, titles = "slow", "0" * 64, [], []
-
-    def __init__(self) -> None:
-        self.go, self.passes = threading.Event(), list[list[Any]]()
-
-    def answer(self, requests: list[Request]) -> list[Answer]:
-        self.go.wait(10)
-        self.passes.append([request.history for request in requests])
-        if any("bad" in request.history for request in requests):
-            raise UserError("bad", "leave it out")
-        return [Answer([Recommended(str(request.history[0]), "", 0.0)], 0) for request in requests]
-
-
-def test_requests_that_wait_share_a_pass_and_a_wrong_one_is_alone_with_its_error():
-    engine = Slow()
-    batcher = Batcher(engine, most=4, window=0.0, limit=100)
-    first = batcher.answer([Request(["first"])])
-    wait_for(lambda: not batcher.waiting)
-    others = [batcher.answer([Request([str(at)])]) for at in range(3)]
-    wrong = batcher.answer([Request(["bad"])])
-    last = batcher.call(lambda: "alone")
-    engine.go.set()
-    assert first.result(10)[0].items[0].item == "first"
-    assert [one.result(10)[0].items[0].item for one in others] == ["0", "1", "2"]
-    with pytest.raises(UserError, match="bad"):
-        wrong.result(10)
-    assert last.result(10) == "alone"
-    assert engine.passes[:2] == [[["first"]], [["0"], ["1"], ["2"], ["bad"]]]
-    batcher.close()
-    with pytest.raises(Closed):
-        batcher.answer([Request(["late"])])
-
-
-def test_who_comes_when_too_many_wait_is_sent_away():
-    engine = Slow()
-    batcher = Batcher(engine, most=2, window=0.0, limit=3)
-    running = batcher.answer([Request(["a"])])
-    wait_for(lambda: not batcher.waiting)
-    waiting = batcher.answer([Request(["b"])] * 3)
-    with pytest.raises(Busy):
-        batcher.answer([Request(["c"])])
-    waiting.cancel()
-    engine.go.set()
-    running.result(10)
-    batcher.close()
-    assert engine.passes == [[["a"]]], "a request that nobody waits for is not served"
-
-
-def test_a_call_for_many_users_counts_as_so_many():
-    engine = Slow()
-    batcher = Batcher(engine, most=2, window=0.0, limit=3)
-    batcher.answer([Request(["a"])])
-    wait_for(lambda: not batcher.waiting)
-    batcher.call(lambda: None, users=3)
-    assert batcher.waiting == 3
-    with pytest.raises(Busy):
-        batcher.answer([Request(["c"])])
-    engine.go.set()
-    batcher.close()
-
-
 def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monkeypatch, capsys):
     class Broken(Slow):
-        def answer(self, requests: list[Request]) -> list[Answer]:
+        def answer(self, requests: list[Any]) -> list[Any]:
             raise RuntimeError("secret")
 
     monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: Broken())
@@ -422,17 +363,68 @@ def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monk
     assert "secret" in capsys.readouterr().err
 
 
-def test_a_busy_service_says_when_to_come_again(bundle, monkeypatch):
-    engine = Slow()
+def test_a_full_service_refuses_early_says_when_to_come_again_and_recovers(bundle, monkeypatch):
+    engine = Timed(0.05)
     monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: engine)
-    with served(settings_of(bundle, max_queue=1, timeout=0.2)) as client:
-        with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(client.post, "/v1/recommend", json={"histories": [["a"]]}) for _ in range(6)]
-            answers = [one.result() for one in asked]
-        assert {answer.status_code for answer in answers} == {503}
-        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
-        engine.go.set()
-        wait_for(lambda: client.post("/v1/recommend", json={"histories": [["a"]]}).status_code == 200)
+    with served(settings_of(bundle, timeout=1.0, window_ms=0)) as client:
+
+        def ask(_: int = 0) -> Any:
+            return client.post("/v1/recommend", json={"histories": [["a"]]})
+
+        assert ask().status_code == 200  # now the pace is known
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(ask, range(80)))
+        counts = Counter(answer.status_code for answer in answers)
+        assert set(counts) == {200, 503}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 503)
+        assert len({answer.headers["x-request-id"] for answer in answers if answer.status_code == 200}) == counts[200]
+        lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("rarec_refused_total{")]
+        assert sum(float(line.split()[-1]) for line in lines) == counts[503]
+        wait_for(lambda: not client.get("/ready").json()["overloaded"])
+        assert ask().status_code == 200
+
+
+def test_a_request_whose_client_has_left_is_not_computed(bundle, monkeypatch):
+    engine = Timed(0.2)
+    monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: engine)
+    app, manager = assemble(lambda: settings_of(bundle, window_ms=0))
+    manager.load()
+    statuses = asyncio.run(_ask_and_leave(app, manager.pick(None, "").batcher))
+    manager._loaded["default"].batcher.close()
+    assert (statuses, engine.passes) == ([499, 200], [[["first"]]])
+
+
+async def _ask_and_leave(app: Any, batcher: Any) -> list[int]:
+    """Ask twice; the second client leaves while the first request is computed."""
+    left, statuses = asyncio.Event(), list[int]()
+
+    async def ask(item: str, leaves: asyncio.Event) -> None:
+        body = iter([{"type": "http.request", "body": json.dumps({"histories": [[item]]}).encode()}])
+
+        async def receive() -> dict[str, Any]:
+            if (part := next(body, None)) is not None:
+                return part
+            await leaves.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/recommend", "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+
+    first = asyncio.create_task(ask("first", asyncio.Event()))
+    while batcher.idle or batcher.waiting:
+        await asyncio.sleep(0.01)
+    second = asyncio.create_task(ask("second", left))
+    while not batcher.waiting:
+        await asyncio.sleep(0.01)
+    left.set()
+    await second
+    assert batcher.waiting == 0
+    await first
+    return statuses
 
 
 # ---- bundles

@@ -1,6 +1,7 @@
 """`rarec serve` as a process: how it starts and ends, killed workers, clients that are slow, idle or gone."""
 
 import gc
+import json
 import os
 import resource
 import signal
@@ -10,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -18,8 +19,10 @@ import psutil
 import pytest
 
 from rarec.serve.bundle_manager import BundleManager
-from rarec.serve.guard import PATIENCE, Metrics
+from rarec.serve.guard import PATIENCE
+from rarec.serve.server import simple_length
 from rarec.serve.settings import settings_of
+from rarec.serve.telemetry import Metrics
 from tests.recommending import exported
 from tests.serving import Service, command, own, service
 
@@ -111,6 +114,67 @@ def test_clients_that_leave_and_send_nonsense_do_not_matter(serving):
 
 
 @pytest.mark.slow
+def test_what_is_no_http_is_refused_like_everything_else(serving):
+    with connected(serving.url) as one:
+        one.sendall(b"NONSENSE\r\n\r\n")
+        answer = b"".join(iter(lambda: one.recv(4096), b""))  # until it is closed
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert set(json.loads(body)) == {"problem", "remedy"}
+
+
+def requested(body: bytes) -> bytes:
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize(
+    ("head", "length"),
+    [
+        (HEAD + b"Content-Length: 12", 12),
+        (HEAD + b"content-length:12\r\nX: y", 12),
+        (HEAD + b"Content-Length: 12\r\nContent-Length: 13", None),
+        (HEAD + b"Content-Length: 12\r\nConnection: close", None),
+        (HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 12", None),
+        (HEAD + b"Expect: 100-continue\r\nContent-Length: 12", None),
+        (HEAD + b"Content-Length: 1 2", None),
+        (HEAD + b"Content-Length: -1", None),
+        (HEAD + b"X-Content-Length: 12", None),
+        (HEAD + b"Content-Length : 12", None),
+        (HEAD.replace(b"1.1", b"1.0") + b"Content-Length: 12", None),
+        (HEAD.replace(b"/v1/recommend", b"/health") + b"Content-Length: 12", None),
+        (HEAD.replace(b"POST", b"GET") + b"Content-Length: 12", None),
+        (b"", None),
+    ],
+)
+def test_only_the_simplest_requests_are_refused_unparsed(head, length):
+    assert simple_length(head) == length
+
+
+@pytest.mark.slow
+def test_an_overload_is_refused_on_a_connection_that_stays_and_what_was_taken_is_answered_in_time(bundle, tmp_path):
+    (tmp_path / "serve.yaml").write_text(f"bundles: {{a: {{path: {bundle}}}}}\ndevice: cpu\ntimeout: 3\n")
+    many, one = (json.dumps({"histories": [["i001"]] * users}).encode() for users in (200, 1))
+    with service("--settings", tmp_path / "serve.yaml") as started, ExitStack() as stack:
+        ask(started.url)
+        clients = [stack.enter_context(connected(started.url)) for _ in range(200)]
+        begun = time.monotonic()
+        for client in clients:
+            client.sendall(requested(many))
+        statuses = [int(client.recv(1 << 16)[9:12]) for client in clients]
+        assert time.monotonic() - begun < 6
+        assert {200, 503} >= set(statuses) >= {503}
+        _wait(lambda: not httpx.get(f"{started.url}/ready").json()["overloaded"])
+        refused = [client for client, status in zip(clients, statuses, strict=True) if status == 503][-5:]
+        for client in refused:
+            client.sendall(requested(one))
+            answer = b""
+            while b"results" not in answer:
+                answer += client.recv(1 << 16)
+            assert b"HTTP/1.1 200" in answer
+        assert not started.events("crash")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_it_answer_what_was_asked_and_end(bundle, tmp_path, number):
     (tmp_path / "serve.yaml").write_text(f"bundles: {{a: {{path: {bundle}}}}}\ndevice: cpu\nwindow_ms: 1000\n")
@@ -151,7 +215,7 @@ def test_a_bundle_whose_files_are_cut_short_under_it_goes_on_serving_from_memory
             if file.is_file():
                 os.truncate(file, 0)
         _wait(lambda: httpx.get(f"{started.url}/ready").json()["bundles"]["default"]["trouble"])
-        assert ask(started.url).json() == before
+        assert ask(started.url).json()["results"] == before["results"]
         asked = {"history": ["i001"], "item": "i004"}
         assert httpx.post(f"{started.url}/v1/explain", json=asked, timeout=30).status_code == 200
 

@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from rarec.errors import UserError
-from rarec.serve.engines import Batcher, Engine
-from rarec.serve.guard import Metrics, read_tokens
+from rarec.serve.batcher import Batcher
+from rarec.serve.engines import Engine
+from rarec.serve.guard import read_tokens
 from rarec.serve.settings import ServedBundle, ServeSettings
+from rarec.serve.telemetry import Metrics
 from rarec.storage.artefacts import MANIFEST
 
 LOOK_EVERY = 1.0
@@ -57,6 +59,12 @@ class Loaded:
     def engine(self) -> Engine:
         """Return the engine that answers."""
         return self.batcher.engine
+
+    def find(self, query: str, most: int) -> list[int]:
+        """Return rows of items whose titles hold all words of a query."""
+        words = query.casefold().split()
+        rows = (row for row, title in enumerate(self.folded) if all(word in title for word in words))
+        return list(islice(rows, most))
 
     @property
     def source(self) -> dict[str, Any]:
@@ -151,6 +159,18 @@ class BundleManager:
         """Return the number of users who wait."""
         return sum(loaded.batcher.waiting for loaded in self._loaded.values())
 
+    def idle(self, name: str) -> Loaded | None:
+        """Return a bundle if it is loaded and nothing runs or waits in any."""
+        busy = any(not loaded.batcher.idle for loaded in self._loaded.values())
+        return None if busy else self._loaded.get(name)
+
+    @property
+    def overload(self) -> float:
+        """Return the seconds until what waits is answered, where no bundle can answer more in time; else 0."""
+        shares = {name: bundle.share for name, bundle in self.settings.bundles.items()}
+        serving = [own.batcher for name, own in self._loaded.items() if shares.get(name)]
+        return min((batcher.refusal(1, self.settings.timeout) for batcher in serving), default=0.0)
+
     def _watch(self) -> None:
         while not self._end.is_set():
             self._attempt("settings", self._refresh_settings)
@@ -207,6 +227,9 @@ class BundleManager:
         self._tried.pop(name, None)
         self._loaded = {**self._loaded, name: loaded}
         engine = loaded.engine
+        if serving:
+            self._metrics.serves.labels(*serving.source.values()).set(0)
+        self._metrics.serves.labels(*loaded.source.values()).set(1)
         self._metrics.bundle("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
         if serving:
             serving.batcher.close()
@@ -215,8 +238,8 @@ class BundleManager:
         settings = self.settings
         engine = self._load(settings, Path(bundle.path))
         folded = [title.casefold() for title in engine.titles]
-        observe = self._metrics.batch.observe
-        batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, settings.max_queue, observe)
+        observe = self._metrics.observer(name, engine.version[:12])
+        batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, observe)
         return Loaded(name, stamp, batcher, folded)
 
     def _retire(self) -> None:
@@ -224,6 +247,7 @@ class BundleManager:
         for name in set(self._loaded) - set(self.settings.bundles):
             gone = self._loaded[name]
             self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
+            self._metrics.serves.labels(*gone.source.values()).set(0)
             gone.batcher.close()
 
 

@@ -1,24 +1,14 @@
-"""What answers a service's requests: a bundle's model in PyTorch or in ONNX Runtime, and the thread that runs it.
+"""What answers a service's requests: a bundle's model in PyTorch or in ONNX Runtime."""
 
-Requests that wait together share a pass of the model. One thread runs the model; no two calls of it overlap.
-"""
-
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rarec.bundle.base import BaseRecommender
 from rarec.bundle.recommended import History, Id, Recommended, Request
 from rarec.errors import UserError
-from rarec.serve.guard import event
 from rarec.serve.settings import ServeSettings
+from rarec.serve.telemetry import event
 from rarec.storage.artefacts import Manifest, check_files, read_manifest
 
 LONGEST = 20
@@ -32,14 +22,6 @@ class Answer(NamedTuple):
     items: list[Recommended]
     unknown: int
     unknown_in_rules: Sequence[Id] = ()
-
-
-class Busy(Exception):
-    """As many users wait as may wait."""
-
-
-class Closed(Exception):
-    """Another bundle has taken the place of this one."""
 
 
 class Engine:
@@ -128,125 +110,3 @@ def check_served(folder: Path) -> Manifest:
     if not {"onnx", "faiss"} <= set(manifest["settings"]["formats"]):
         raise UserError(f"{folder} lacks ONNX or faiss", AGAIN)
     return manifest
-
-
-# ---- the thread that runs an engine
-
-
-@dataclass
-class _Job:
-    """What one caller waits for: answers to requests, or the result of a call that runs alone; for how many users."""
-
-    requests: Sequence[Request]
-    call: Callable[[], Any] | None
-    users: int
-    future: "Future[Any]" = field(default_factory=Future)
-
-
-class Batcher:
-    """Runs an engine in a thread of its own.
-
-    Args:
-        engine: of a bundle.
-        most: users of a pass of the model.
-        window: seconds that a request waits for others.
-        limit: users who may wait.
-        observe: is told the number of users of each pass.
-    """
-
-    def __init__(
-        self, engine: Engine, most: int, window: float, limit: int, observe: Callable[[int], None] = lambda users: None
-    ) -> None:
-        self.engine, self._most, self._window, self._limit, self._observe = engine, most, window, limit, observe
-        self._jobs: deque[_Job] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
-
-    @property
-    def waiting(self) -> int:
-        """Return the number of users who wait."""
-        return sum(job.users for job in list(self._jobs) if not job.future.cancelled())
-
-    @property
-    def alive(self) -> bool:
-        """Return whether the thread runs."""
-        return self._thread.is_alive()
-
-    def answer(self, requests: Sequence[Request]) -> "Future[list[Answer]]":
-        """Return the future answers to requests, which may share a pass with those of others.
-
-        Raises:
-            Busy: too many wait.
-            Closed: it serves no more.
-        """
-        return self._submit(_Job(requests, None, len(requests)))
-
-    def call(self, function: Callable[[], Any], users: int = 1) -> "Future[Any]":
-        """Return the future result of a call of the engine for a number of users. Raises as `answer` does."""
-        return self._submit(_Job((), function, users))
-
-    def close(self) -> None:
-        """Finish what waits, and end the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _submit(self, job: _Job) -> "Future[Any]":
-        with self._changed:
-            if self._closed:
-                raise Closed
-            waiting = self.waiting
-            if waiting and waiting + job.users > self._limit:
-                raise Busy
-            self._jobs.append(job)
-            self._changed.notify()
-        return job.future
-
-    def _run(self) -> None:
-        while (jobs := self._next()) is not None:
-            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            if jobs:
-                _finish(jobs, self.engine)
-                self._observe(sum(job.users for job in jobs))
-
-    def _next(self) -> list[_Job] | None:
-        """Return the jobs of the next pass; None at the end."""
-        with self._changed:
-            while not self._jobs:
-                if self._closed:
-                    return None
-                self._changed.wait()
-            if self._jobs[0].call:
-                return [self._jobs.popleft()]
-            end = time.monotonic() + self._window
-            while self.waiting < self._most and (left := end - time.monotonic()) > 0 and not self._closed:
-                self._changed.wait(left)
-            jobs = [self._jobs.popleft()]
-            users = jobs[0].users
-            while self._jobs and not self._jobs[0].call and users + self._jobs[0].users <= self._most:
-                users += self._jobs[0].users
-                jobs.append(self._jobs.popleft())
-            return jobs
-
-
-def _finish(jobs: list[_Job], engine: Engine) -> None:
-    """Set the results of jobs; where one of several fails, each is run alone, so that no caller pays for another."""
-    try:
-        if jobs[0].call:
-            results = [jobs[0].call()]
-        else:
-            answers = iter(engine.answer([request for job in jobs for request in job.requests]))
-            results = [list(islice(answers, job.users)) for job in jobs]
-    except BaseException as error:
-        if len(jobs) == 1:
-            jobs[0].future.set_exception(error)
-        else:
-            for job in jobs:
-                _finish([job], engine)
-        return
-    for job, result in zip(jobs, results, strict=True):
-        with suppress(Exception):  # the caller has gone
-            job.future.set_result(result)

@@ -1,23 +1,19 @@
-"""What stands before every request: tokens, rates, limits of size and time, safe headers, the access log, metrics."""
+"""What stands before every request: load, tokens, rates, limits of size and time, safe headers, the access log."""
 
 import asyncio
 import hashlib
 import hmac
-import json
-import os
-import sys
+import math
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -26,18 +22,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rarec.console.inert import inert
 from rarec.errors import UserError
 from rarec.serve.settings import LOOPBACK, ServeSettings, host_name
+from rarec.serve.telemetry import Metrics, event
 
 OPEN = ("/health", "/ready", "/", "/page.js", "/page.css")
 """Paths that need no token: they tell nothing of a bundle's items."""
+COMPUTED = "/v1/"
+"""Where the paths begin whose answers take a bundle."""
 CLIENTS = 10_000
 """Clients whose rate is remembered."""
 BURST = 2.0
 """Seconds of its rate that a client may use at once."""
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Variable of the environment that prometheus_client reads: where worker processes write their metrics."""
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-REMEDIES = {408: "send it at once", 413: "send less at a time"}
+IN_FLIGHT = 1000
+"""Requests of a process that are read or wait at once."""
+BODIES = 64 << 20
+"""Bytes of their bodies."""
+SAID_EVERY = 10.0
+"""Seconds between two events that say how many requests were refused for load: a line for each would add to it."""
+BUSY = "try again after Retry-After seconds"
+REMEDIES = {408: "send it at once", 413: "send less at a time", 503: BUSY}
+REASONS = {
+    401: "token", 404: "not_found", 405: "method", 408: "slow", 413: "size", 421: "host", 422: "field", 429: "rate",
+    499: "client_left", 501: "not_offered", 503: "bodies",
+}  # fmt: skip
+"""Of refusals, in the log and in the metrics, where nothing else is noted."""
 PATIENCE = 10.0
 """Seconds in which a client must have sent a request's headers, or read a part of an answer; an idle one's as well."""
 SAFE = {
@@ -60,6 +67,10 @@ class Current(Protocol):
     def waiting(self) -> int:
         """Return the number of users who wait."""
 
+    @property
+    def overload(self) -> float:
+        """Return the seconds until what waits is answered, where no more can be answered in time; else 0."""
+
 
 class Guard:
     """Wraps the application.
@@ -70,18 +81,45 @@ class Guard:
         metrics: of the process.
     """
 
-    def __init__(self, app: ASGIApp, current: Current, metrics: "Metrics") -> None:
+    def __init__(self, app: ASGIApp, current: Current, metrics: Metrics) -> None:
         self._app, self._current, self._metrics = app, current, metrics
         self._rates = Rates()
+        self._in_flight = self._bytes = self._early = 0
+        self._said = -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, and write a line of the access log: without any history, item, user or token."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
+        started = scope.get("state", {}).get("first_byte", time.monotonic())
+        own = scope["path"].startswith(COMPUTED)
+        if own and (early := self.refuse_early()):
+            await send({"type": "http.response.start", "status": 503, "headers": early.headers})
+            await send({"type": "http.response.body", "body": early.body})
+            return
+        self._in_flight += own
+        try:
+            await self._observe(scope, receive, send, started)
+        finally:
+            self._in_flight -= own
+
+    def refuse_early(self) -> "Early | None":
+        """Return the answer to a request that there is no time or room for, whatever it asks; None if there is."""
+        seconds = 1.0 if self._in_flight >= IN_FLIGHT else self._current.overload
+        if not seconds:
+            return None
+        self._metrics.refuse_early()
+        self._early += 1
+        if (now := time.monotonic()) > self._said + SAID_EVERY:
+            event("overload", f"{self._early:,} requests refused; what waits takes {seconds:.1f} s")
+            self._early, self._said = 0, now
+        return _early(math.ceil(seconds))
+
+    async def _observe(self, scope: Scope, receive: Receive, send: Send, started: float) -> None:
+        """Serve a request, count it, and log it."""
         note: dict[str, Any] = {"id": uuid.uuid4().hex, "status": 0, "bytes": 0}
-        scope["rarec"] = note
+        scope["rarec"], scope["rarec.deadline"], scope["rarec.body"] = note, started + self._current.settings.timeout, 0
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -91,11 +129,14 @@ class Guard:
             await asyncio.wait_for(send(message), PATIENCE)
 
         try:
-            await self._serve(scope, receive, answer)
+            await self._serve(scope, self._limited(scope, receive, started), answer)
         finally:
-            seconds = time.perf_counter() - started
+            self._bytes -= scope["rarec.body"]
+            seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(scope["method"], route, note["status"], seconds)
+            if note["status"] in REASONS:
+                note.setdefault("refused", REASONS[note["status"]])
+            self._metrics.request(scope["method"], route, note["status"], seconds, note.get("refused"))
             self._metrics.waiting.set(self._current.waiting)  # also where another worker is asked for the metrics
             event("request", None, method=scope["method"], route=route, ms=round(1000 * seconds, 1), **note)
 
@@ -106,7 +147,7 @@ class Guard:
                 await refused(scope, receive, answer)
             return
         try:
-            await self._app(scope, self._limited(receive), answer)
+            await self._app(scope, receive, answer)
         except Exception as error:  # the application has answered, and raised it again
             event("crash", f"{type(error).__name__}: {error}", id=scope["rarec"]["id"])
 
@@ -138,24 +179,27 @@ class Guard:
             return problem(413, _too_large(settings), REMEDIES[413])
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Return the body's parts, as long as it is neither too long nor too slow."""
+    def _limited(self, scope: Scope, receive: Receive, started: float) -> Receive:
+        """Return the body's parts, as long as it is neither too long nor too slow, and all bodies have room."""
         settings = self._current.settings
-        size = 0
-        end = time.monotonic() + settings.body_timeout
+        end = started + settings.body_timeout
         whole = False
 
         async def limited() -> Message:
-            nonlocal size, whole
+            nonlocal whole
             if whole:  # what is waited for now is that the client leaves
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive in time") from None
-            size += len(message.get("body", b""))
-            if size > settings.max_body:
+            size = len(message.get("body", b""))
+            self._bytes += size
+            scope["rarec.body"] += size
+            if scope["rarec.body"] > settings.max_body:
                 raise HTTPException(413, _too_large(settings))
+            if self._bytes > max(BODIES, settings.max_body):
+                raise HTTPException(503, "too many large requests at once")
             whole = not message.get("more_body", False)
             return message
 
@@ -211,8 +255,25 @@ def _too_large(settings: ServeSettings) -> str:
 
 def problem(status: int, what: str, remedy: str, after: float | None = None) -> JSONResponse:
     """Return an answer that says what is wrong; `after`: seconds after which the client may retry."""
-    headers = {"retry-after": str(max(1, round(after + 0.5)))} if after is not None else None
+    headers = {"retry-after": str(max(1, math.ceil(after)))} if after is not None else None
     return JSONResponse({"problem": inert(what), "remedy": inert(remedy)}, status, headers)
+
+
+class Early(NamedTuple):
+    """A refusal that is the same for all requests of a moment: its headers, its body, and both as HTTP/1.1."""
+
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    whole: bytes
+
+
+@lru_cache(maxsize=1000)
+def _early(seconds: int) -> Early:
+    response = problem(503, "too many requests wait", BUSY, after=seconds)
+    response.headers.update(SAFE)
+    headers, body = response.raw_headers, bytes(response.body)
+    lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+    return Early(headers, body, b"HTTP/1.1 503 Service Unavailable\r\n" + lines + b"\r\n" + body)
 
 
 def read_tokens(path: Path) -> list[bytes]:
@@ -229,58 +290,3 @@ def read_tokens(path: Path) -> list[bytes]:
     if not lines or min(map(len, lines)) < 16:
         raise UserError(f"tokens {path}: no token, or one of fewer than 16 characters", "openssl rand -hex 24 > FILE")
     return [hashlib.sha256(line.encode()).digest() for line in lines]
-
-
-def event(kind: str, text: str | None = None, /, **fields: Any) -> None:
-    """Write one line of JSON to standard error; a log that cannot be written ends no service."""
-    said = {"text": inert(text)} if text is not None else {}
-    line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": kind, **said, **fields}
-    with suppress(OSError, ValueError):
-        sys.stderr.write(json.dumps(line) + "\n")
-        sys.stderr.flush()
-
-
-# ---- metrics
-
-
-class Metrics:
-    """What a service counts, in Prometheus's form; the counts of several worker processes are added up."""
-
-    def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]
-        own = CollectorRegistry()
-        self._registry = own
-        if os.environ.get(FOLDER):
-            self._registry = CollectorRegistry()
-            MultiProcessCollector(self._registry)  # type: ignore[no-untyped-call]
-        self.requests = Counter("rarec_requests", "Requests.", ("method", "route", "status"), registry=own)
-        self.seconds = Histogram(
-            "rarec_request_seconds", "Time of a request.", ("route",), buckets=SECONDS, registry=own
-        )
-        self.batch = Histogram("rarec_batch_users", "Users of a pass of the model.", buckets=USERS, registry=own)
-        self.waiting = Gauge("rarec_waiting_users", "Users who wait.", registry=own, multiprocess_mode="livesum")
-        self.events = Counter("rarec_bundles", "Bundles loaded and refused.", ("event",), registry=own)
-
-    def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        self.requests.labels(method if method in ("GET", "POST", "HEAD") else "other", route, str(status)).inc()
-        self.seconds.labels(route).observe(seconds)
-
-    def bundle(self, kind: str, text: str) -> None:
-        """Count what happened to a bundle, and write it as an event."""
-        self.events.labels(kind).inc()
-        event(kind, text)
-
-    def text(self) -> bytes:
-        """Return the metrics as Prometheus reads them."""
-        if os.environ.get(FOLDER):
-            forget_ended_workers(Path(os.environ[FOLDER]))
-        return generate_latest(self._registry)
-
-
-def forget_ended_workers(folder: Path) -> None:
-    """Drop the gauges of worker processes that have ended: nobody waits in them. Linux only."""
-    for file in folder.glob("gauge_livesum_*.db"):
-        worker = file.stem.rpartition("_")[2]
-        if Path("/proc").exists() and not Path("/proc", worker).exists():
-            file.unlink(missing_ok=True)  # another worker may have answered at the same time

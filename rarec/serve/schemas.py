@@ -1,5 +1,7 @@
 """Schemas of requests and answers. A request of another form is refused with 422 and the name of the field."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -71,6 +73,16 @@ class RecommendRequest(VectorsRequest):
         return values
 
 
+def rules(request: RecommendRequest) -> dict[str, Any]:
+    """Return what a request asks for that is not so by default; of long lists their length and hash."""
+    given = request.model_dump(exclude={"histories", "bundle", "user"}, exclude_defaults=True)
+    return {name: _in_short(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _in_short(items: list[Id]) -> dict[str, Any]:
+    return {"items": len(items), "sha256": hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]}
+
+
 class SimilarRequest(BaseRequest):
     """`POST /v1/items/similar`."""
 
@@ -125,8 +137,9 @@ class Item(Found):
 
 
 class BaseAnswer(BaseModel):
-    """The fields of every answer: which bundle gave it."""
+    """The fields of every answer: its id, by which clicks are counted, and the bundle that gave it."""
 
+    id: Annotated[str, Field(description="Also the header `x-request-id`.")]
     bundle: str
     version: str
 

@@ -3,22 +3,27 @@
 import asyncio
 import logging
 import os
+import re
 import resource
 import socket
 import tempfile
+import time
 from contextlib import ExitStack
+from http import HTTPStatus
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 import yaml
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from rarec.errors import Terminated, UserError
 from rarec.serve.app import assemble
-from rarec.serve.guard import FOLDER, PATIENCE, event, read_tokens
+from rarec.serve.guard import BUSY, PATIENCE, SAFE, Early, problem, read_tokens
 from rarec.serve.settings import LOOPBACK, VARIABLE, ServeSettings
+from rarec.serve.telemetry import FOLDER, event
 
 FACTORY = "rarec.serve.app:create"
 OPTIONS: dict[str, Any] = {
@@ -29,6 +34,11 @@ OPTIONS: dict[str, Any] = {
     "timeout_keep_alive": int(PATIENCE),
 }
 """Of uvicorn."""
+_SIMPLE = re.compile(rb"POST /v1/[!-~]* HTTP/1\.1\r\n(?s:.*?)(?i:\ncontent-length: *)(\d{1,9})(?=\r\n|\Z)")
+_COMPLEX = re.compile(rb"(?is)\n(connection|expect|transfer-encoding|upgrade) *:|\ncontent-length.*\ncontent-length")
+"""Heads of requests that may be refused before they are parsed, and what such a head must not have."""
+CONNECTIONS = 4096
+"""Connections of a process; a further one is refused before anything is read."""
 
 
 def serve(settings: ServeSettings, source: Path | None, host: str, port: int, workers: int, drain: int) -> None:
@@ -95,27 +105,81 @@ def check(settings: ServeSettings) -> None:
 class Patient(H11Protocol):
     """HTTP/1.1 whose clients have `PATIENCE` for all headers of a request, and for a body that nobody reads.
 
-    uvicorn's own time-out begins anew with every byte, and ends with the first request.
+    uvicorn's own time-out begins anew with every byte, and ends with the first request. A request knows when its first
+    byte came.
     """
+
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            self._refuse(503, "too many connections", BUSY)
         self._expect_request()
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:  # a request begins
+            if (early := self._early(data)) is not None:
+                self.transport.write(early)
+                self._unset_keepalive_if_required()
+                self._expect_request()
+                return
+            self._note_first_byte()
+        super().data_received(data)
+
+    def _note_first_byte(self) -> None:
+        self.app_state = {**self.app_state, "first_byte": time.monotonic()}
+
+    def _early(self, data: bytes) -> bytes | None:
+        """Return the refusal of a whole request that there is no time for.
+
+        Parsing the requests of an overload would take the processor from those that are answered.
+        """
+        head, _, body = data.partition(b"\r\n\r\n")
+        if simple_length(head) != len(body) or self.flow.write_paused:
+            return None
+        refused: Early | None = self.app_state["refuse_early"]()
+        return refused and refused.whole
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP in the service's own form."""
+        self._refuse(400, msg.rstrip("."), "send a request of HTTP/1.1")
+
+    def _refuse(self, status: int, what: str, remedy: str) -> None:
+        response = problem(status, what, remedy, after=1.0 if status == 503 else None)
+        response.headers.update({**SAFE, "connection": "close"})
+        parts = (
+            h11.Response(status_code=status, headers=response.raw_headers, reason=HTTPStatus(status).phrase),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        )
+        self.transport.write(b"".join(self.conn.send(part) or b"" for part in parts))
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """See `H11Protocol`."""
         answered = self.cycle
+        self._note_first_byte()  # where the next request is there already, it begins now
         super().on_response_complete()
         if self.cycle is answered:  # otherwise the next request was there already
             self._expect_request()
 
     def _expect_request(self) -> None:
-        self.loop.call_later(PATIENCE, self._lose_patience, self.cycle)
+        if self._patience:
+            self._patience.cancel()
+        self._patience = self.loop.call_later(PATIENCE, self._lose_patience, self.cycle)
 
     def _lose_patience(self, last: RequestResponseCycle | None) -> None:
         if self.cycle is last:
             self.transport.abort()  # `close` would wait for a client that reads nothing
+
+
+def simple_length(head: bytes) -> int | None:
+    """Return the length of the body of a request, if its head says that and nothing about the connection; else None."""
+    simple = _SIMPLE.match(head)
+    return int(simple[1]) if simple and not _COMPLEX.search(head) else None
 
 
 class _Events(logging.Handler):

@@ -3,12 +3,12 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from rarec.config.load import read_tree, validated
-from rarec.config.section import Device, Location, NonNegative, Positive, Section
+from rarec.config.section import Device, Location, NonNegative, Positive, Section, Share
 from rarec.errors import UserError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -46,6 +46,28 @@ class ServedBundle(Section):
     """Share of the users, beside those of the other bundles; 0 serves only those that ask for it by name."""
 
 
+class ImpressionSettings(Section):
+    """Where each answer of `/v1/recommend` is noted, for `rarec report clicks`. They apply from the start on."""
+
+    path: Location
+    """Folder. It gets files of answers, each whole when it appears, and the key of the users' hashes."""
+    format: Literal["parquet", "jsonl"] = "parquet"
+    """Of the files."""
+    seconds: Seconds = 60.0
+    """After which a file is written; the answers of so long are lost if the machine fails."""
+    max_rows: Positive = 10_000
+    """Lists after which a file is written earlier. Twice as many may wait in memory; more are lost, and counted."""
+
+
+class ShadowSettings(Section):
+    """A bundle that is asked beside those that answer, when nothing waits; its agreement with them is in `/metrics`."""
+
+    bundle: Name
+    """One of `bundles`, with share 0 if it answers nobody."""
+    share: Share = 0.1
+    """Share of the requests to `/v1/recommend`."""
+
+
 class ServeSettings(Section):
     """What is served, to whom, and its limits."""
 
@@ -71,8 +93,6 @@ class ServeSettings(Section):
     """Users whose prompts go through the model together."""
     window_ms: Annotated[float, Field(ge=0, le=1000)] = 3.0
     """How long a request waits for others to share a pass of the model."""
-    max_queue: Positive = 512
-    """Users who may wait; further ones are rejected with 503."""
     max_body: Annotated[int, Field(gt=0, le=1 << 30)] = 1 << 20
     """Bytes of a request."""
     max_users: Positive = 256
@@ -84,7 +104,8 @@ class ServeSettings(Section):
     rate: Annotated[float, Field(gt=0)] | None = None
     """Requests a second of one client, by its token or address; none: no limit."""
     timeout: Seconds = 10.0
-    """Seconds until an answer; after them 503."""
+    """Seconds from the first byte of a request until its answer. What cannot be answered by then, by the measured pace,
+    is refused at once with 503, and nothing is computed after it."""
     body_timeout: Seconds = 5.0
     """Seconds in which a request must have arrived."""
     hosts: Annotated[list[Host], Field(max_length=100)] | None = None
@@ -95,6 +116,16 @@ class ServeSettings(Section):
     """File of bearer tokens, one a line; without it, everyone who reaches the port is served."""
     page: bool = True
     """Whether `/` is a page for people."""
+    impressions: ImpressionSettings | None = None
+    """Where answers are noted; not by default."""
+    shadow: ShadowSettings | None = None
+    """A bundle to compare with; none by default."""
+
+    @model_validator(mode="after")
+    def _check_shadow(self) -> Self:
+        if self.shadow and self.shadow.bundle not in self.bundles:
+            raise ValueError(f"shadow.bundle: {self.shadow.bundle!r} is none of `bundles`: add it there, with share 0")
+        return self
 
 
 def read_settings(path: Path) -> ServeSettings:
@@ -109,7 +140,10 @@ def read_settings(path: Path) -> ServeSettings:
         name: bundle.model_copy(update={"path": str(place / bundle.path)}) for name, bundle in settings.bundles.items()
     }
     tokens = str(place / settings.tokens) if settings.tokens else None
-    return settings.model_copy(update={"bundles": bundles, "tokens": tokens})
+    impressions = settings.impressions and settings.impressions.model_copy(
+        update={"path": str(place / settings.impressions.path)}
+    )
+    return settings.model_copy(update={"bundles": bundles, "tokens": tokens, "impressions": impressions})
 
 
 def settings_of(bundle: Path, **fields: Any) -> ServeSettings:

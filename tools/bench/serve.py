@@ -1,20 +1,21 @@
-"""Load `rarec serve` on this machine: rate, waiting, memory, overload, swaps of bundles.
+"""Load `rarec serve` on this machine: rate, waiting, memory, swaps of bundles; or overload it.
 
     python -m tools.bench.serve BUNDLE [--onnx SERVED] [--seconds 300] [--swaps 100] [--clients 32]
+    python -m tools.bench.serve BUNDLE overload [--onnx SERVED] [--seconds 30] [--timeout 10] [--loads 3 10] [--even]
 
 | row | what |
 | --- | --- |
 | users/s | answered at saturation, by requests of 1 to 8 users, 1 to 20 items each, over the rate of one call for 512 |
 | p50, p99 | milliseconds of these requests |
 | memory | of the service at the end, and over that after a fifth of the time |
-| overload | requests of twice as many users as may wait: answered, rejected with Retry-After, and other answers |
-| recovery | seconds from the end of the overload until a request is answered within a second |
 | swaps | requests that failed, or whose answer was not of one bundle, while a link was turned between two bundles |
 
-With --onnx, all but the swaps by ONNX Runtime, and SERVED is the folder of `rarec export BUNDLE --to onnx --to faiss`.
+`overload`: requests of one user at .5 to 10 times the capacity; see `tools/bench/overload.py`. With --onnx, all but the
+swaps by ONNX Runtime, and SERVED is the folder of `rarec export BUNDLE --to onnx --to faiss`.
 Clients share the cores with the service.
 """
 
+import argparse
 import asyncio
 import json
 import random
@@ -41,14 +42,13 @@ from rarec.bundle.items import remove_items
 from rarec.export.rarec_client import Client
 from rarec.storage.artefacts import MANIFEST
 from rarec.storage.files import read_json
-from tools.bench.measuring import Figure, at_least, at_most, options, print_table
+from tools.bench.measuring import Figure, add_option, at_least, at_most, print_table
 from tools.bench.measuring import seconds as seconds_of
+from tools.bench.overload import LOADS, overloaded
 from tools.bench.recommend import sample_users
 
 K = 10
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-WAITING = 512
-"""Users who may wait."""
 
 
 @dataclass
@@ -59,7 +59,6 @@ class Seen:
         users: answered.
         seconds: of each answered request.
         statuses: number of answers by status; -1 for a connection that broke.
-        after: number of 503s with Retry-After.
         mixed: number of answers with a short list, or with an item that their version lacks.
         without: a version, and an item that it lacks.
     """
@@ -67,7 +66,6 @@ class Seen:
     users: int = 0
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
-    after: int = 0
     mixed: int = 0
     without: tuple[str, Any] = ("", None)
 
@@ -86,7 +84,7 @@ class Seen:
                     reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 started = time.monotonic()
                 writer.write(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                status, headers, answer = await _answer(reader)
+                status, _, answer = await _answer(reader)
             except (OSError, asyncio.IncompleteReadError):
                 self.statuses[-1] += 1
                 reader = None
@@ -96,9 +94,6 @@ class Seen:
                 self.users += users
                 self.seconds.append(time.monotonic() - started)
                 self.mixed += self._is_mixed(json.loads(answer))
-            elif status == 503:
-                self.after += "retry-after" in headers
-                await asyncio.sleep(0.05)
 
     def _is_mixed(self, answer: dict[str, Any]) -> bool:
         version, lacks = self.without
@@ -131,11 +126,11 @@ def requests(histories: list[list[Any]], users: tuple[int, int], count: int = 50
 
 
 @contextmanager
-def service(path: Path, backend: str = "torch") -> Iterator[tuple[int, psutil.Process]]:
+def service(path: Path, backend: str = "torch", timeout: float = 60.0) -> Iterator[tuple[int, psutil.Process]]:
     """Start a service of a bundle, or of a folder for ONNX Runtime; yield its port and process."""
     with tempfile.TemporaryDirectory() as scratch:
-        settings = {"bundles": {"a": {"path": str(path.absolute())}}, "max_queue": WAITING, "backend": backend}
-        Path(scratch, "serve.yaml").write_text(yaml.safe_dump({**settings, "timeout": 60.0}))
+        settings = {"bundles": {"a": {"path": str(path.absolute())}}, "backend": backend, "timeout": timeout}
+        Path(scratch, "serve.yaml").write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "rarec", "serve", "--settings", f"{scratch}/serve.yaml", "--port", "0"]
         with Path(scratch, "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
             try:
@@ -161,7 +156,7 @@ def offline_rate(path: Path, backend: str, histories: list[list[Any]]) -> float:
 
 
 def saturated(path: Path, backend: str, histories: list[list[Any]], seconds: float, clients: int) -> list[Figure]:
-    """Measure the rate, waiting and memory at saturation, then overload and recovery."""
+    """Measure the rate, waiting and memory at saturation."""
     offline = offline_rate(path, backend, histories)
     with service(path, backend) as (port, process):
         bodies = requests(histories, (1, 8))
@@ -169,12 +164,7 @@ def saturated(path: Path, backend: str, histories: list[list[Any]], seconds: flo
         before = process.memory_info().rss
         seen = load(port, clients, bodies, seconds * 4 / 5)
         after = process.memory_info().rss
-        many = load(port, 2 * WAITING // 64, requests(histories, (64, 64), 50), 20)
-        alone = load(port, 1, requests(histories, (1, 1), 10), 5)
     rate, cuts = seen.users / (seconds * 4 / 5), statistics.quantiles(seen.seconds, n=100)
-    slow = [number for number, spent in enumerate(alone.seconds, 1) if spent > 1]
-    recovery = sum(alone.seconds[: slow[-1]]) if slow else 0.0
-    overload = f"{many.statuses[200]} answered, {many.statuses[503]} rejected, {many.after} with Retry-After"
     return [
         at_least("users/s over offline", rate / offline, 0.8),
         Figure("users/s, offline", f"{rate:.0f}, {offline:.0f}"),
@@ -182,9 +172,6 @@ def saturated(path: Path, backend: str, histories: list[list[Any]], seconds: flo
         Figure("p50, p99", f"{1000 * cuts[49]:.0f} ms, {1000 * cuts[98]:.0f} ms"),
         Figure("memory", f"{after / 1e6:.0f} MB"),
         at_most("memory at the end", after / before, 1.05),
-        Figure("overload", overload),
-        at_most("overload, other answers", many.failed - many.after, 0),
-        at_most("recovery", recovery, 5, " s"),
     ]
 
 
@@ -237,12 +224,32 @@ async def _loaded(port: int) -> float:
 
 def main() -> None:
     """Measure, and print the table."""
-    arguments = options(__doc__, "bundle", onnx=Path, seconds=300.0, swaps=100, clients=32)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("part", nargs="?", choices=["overload"])
+    defaults = {
+        "onnx": Path,
+        "seconds": float,
+        "swaps": 100,
+        "clients": 32,
+        "timeout": 10.0,
+        "even": False,
+        "loads": list(LOADS),
+    }
+    for name, default in defaults.items():
+        add_option(parser, name, default)
+    arguments = parser.parse_args()
     _, histories = sample_users(rarec.load(arguments.bundle, device="cpu"), 512)
     path, backend = (arguments.onnx, "onnx") if arguments.onnx else (arguments.bundle, "torch")
-    figures = saturated(path, backend, histories, arguments.seconds, arguments.clients)
-    if backend == "torch":
-        figures += swapped(arguments.bundle, histories, arguments.swaps, arguments.clients // 4)
+    if arguments.part:
+        bodies = [body for _, body in requests(histories, (1, 1))]
+        with service(path, backend, arguments.timeout) as (port, process):
+            seconds = arguments.seconds or 30.0
+            figures = overloaded(port, process, bodies, arguments.timeout, seconds, arguments.even, arguments.loads)
+    else:
+        figures = saturated(path, backend, histories, arguments.seconds or 300.0, arguments.clients)
+        if backend == "torch":
+            figures += swapped(arguments.bundle, histories, arguments.swaps, arguments.clients // 4)
     print_table(figures)
 
 
