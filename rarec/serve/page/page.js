@@ -4,6 +4,16 @@ const byId = (id) => document.getElementById(id);
 const history = [];
 // Bundles may share the users of a service: all that this page shows is one user's, and so one bundle's.
 const user = `page-${Math.random().toString(36).slice(2)}`;
+// What the parts of a recommender say, in the words of a shop; parts of one's own keep their titles.
+const REASONS = {
+  "bought together (item-kNN)": "Customers who bought these buy it as well.",
+  "bought next": "It is often bought soon after these.",
+  EASE: "It goes with these products as a whole.",
+  "similar words (TF-IDF)": "Its words are similar to theirs.",
+  popularity: "It sells well.",
+  ID: "Customers with such purchases went on to buy it.",
+};
+const OF_TEXT = "Its description fits what was bought.";
 let token = "";
 let asked = 0;
 
@@ -16,7 +26,7 @@ async function ask(path, body) {
   const response = await fetch(path, options);
   const said = await response.json();
   if (response.status === 401) byId("login").hidden = false;
-  if (!response.ok) throw new Refused(`${said.problem}: ${said.remedy}`);
+  if (!response.ok) throw new Refused(response.status === 503 ? "Too much is asked just now: try again in a moment" : `${said.problem}: ${said.remedy}`);
   return said;
 }
 
@@ -26,27 +36,30 @@ function make(kind, text, fields = {}) {
   return element;
 }
 
+const named = (one) => one.title || String(one.item);
+
 function say(place, error) {
-  place.replaceChildren(make("span", error instanceof Refused ? error.message : `The service does not answer: ${error.message}`, { className: "wrong" }));
+  const text = error instanceof Refused ? error.message : "The service cannot be reached: try again in a moment";
+  place.replaceChildren(make("span", text, { className: "wrong" }));
 }
 
-// ---- 1. the history
+// ---- what a customer has bought
 
 function showHistory() {
   byId("history").replaceChildren(...history.map((one, at) => {
-    const row = make("li", one.title || one.item);
+    const row = make("li", named(one));
     const remove = make("button", "×", { type: "button" });
-    remove.setAttribute("aria-label", `Remove ${one.title || one.item}`);
+    remove.setAttribute("aria-label", `Remove ${named(one)}`);
     remove.addEventListener("click", () => {
       history.splice(at, 1);
       showHistory();
       const left = byId("history").querySelectorAll("button");
       (left[Math.min(at, left.length - 1)] || byId("query")).focus();
     });
-    row.append(" ", remove);
+    row.append(remove);
     return row;
   }));
-  byId("empty").hidden = history.length > 0;
+  byId("clear").hidden = history.length === 0;
   recommend();
 }
 
@@ -60,11 +73,11 @@ async function search() {
   const query = byId("query").value.trim();
   if (!query) return byId("found").replaceChildren();
   try {
-    const said = await ask(`v1/items?limit=8&user=${user}&query=${encodeURIComponent(query)}`);
+    const said = await ask(`v1/items?limit=6&user=${user}&query=${encodeURIComponent(query)}`);
     if (query !== byId("query").value.trim()) return;
     byId("found").replaceChildren(...said.items.map((one) => {
       const row = make("li");
-      const add = make("button", one.title || one.item, { type: "button" });
+      const add = make("button", named(one), { type: "button" });
       add.addEventListener("click", () => {
         history.push(one);
         byId("query").value = "";
@@ -75,7 +88,7 @@ async function search() {
       row.append(add);
       return row;
     }));
-    if (!said.items.length) byId("found").replaceChildren(make("li", "No title has all these words."));
+    if (!said.items.length) byId("found").replaceChildren(make("li", "No product has all these words."));
   } catch (error) {
     say(byId("found"), error);
   }
@@ -101,6 +114,7 @@ byId("found").addEventListener("keydown", (event) => {
 byId("clear").addEventListener("click", () => {
   history.length = 0;
   showHistory();
+  byId("query").focus();
 });
 byId("sample").addEventListener("click", async () => {
   try {
@@ -108,76 +122,84 @@ byId("sample").addEventListener("click", async () => {
     history.splice(0, history.length, ...said.items);
     showHistory();
   } catch (error) {
-    say(byId("state"), error);
+    fail(error);
   }
 });
 
-// ---- 2. recommendations
+// ---- what to show next
+
+// What is on the page belongs to the history on it: where there is no answer, there is no list.
+function show(items, parts) {
+  byId("served-items").replaceChildren(...items.map((one) => {
+    const row = make("li");
+    const why = make("button", named(one), { type: "button" });
+    why.setAttribute("aria-expanded", "false");
+    why.addEventListener("click", () => explain(one, row, why));
+    row.append(why);
+    return row;
+  }));
+  byId("scores").replaceChildren(...items.map((one) => {
+    const row = make("tr");
+    row.append(make("td", String(one.item)), make("td", one.title), make("td", one.score.toFixed(4)));
+    return row;
+  }));
+  byId("columns").replaceChildren(...Object.entries(parts).map(([title, own]) => {
+    const box = make("div");
+    const list = make("ol");
+    list.append(...own.map((one) => make("li", named(one))));
+    box.append(make("h3", `By “${title}” alone`), list);
+    return box;
+  }));
+}
+
+function fail(error) {
+  show([], {});
+  say(byId("state"), error);
+}
 
 async function recommend() {
   const turn = ++asked;
   const ids = history.map((one) => one.item);
-  byId("why").replaceChildren();
   byId("state").textContent = "…";
   try {
-    const [served, parts] = await Promise.all([
-      ask("v1/recommend", { histories: [ids], k: 10 }),
-      ask("v1/compare", { history: ids, k: 10 }).catch(() => ({ parts: {} })),
-    ]);
+    const said = await ask("v1/recommend", { histories: [ids], k: 10, popular_if_empty: true });
+    const parts = byId("more").open ? await partsOf(ids) : {};
     if (turn !== asked) return;
-    const own = column("Served: all together", served.results[0].items, true);
-    const others = Object.entries(parts.parts).map(([title, items]) => column(title, items, false));
-    byId("served-items").replaceChildren(own);
-    byId("columns").replaceChildren(...others);
-    byId("state").textContent = "";
+    show(said.results[0].items, parts);
+    byId("state").textContent = ids.length ? "For this customer. Press one to see why." : "Nothing bought yet: these sell best.";
   } catch (error) {
-    if (turn === asked) say(byId("state"), error);
+    if (turn === asked) fail(error);
   }
 }
 
-function column(title, items, explained) {
-  const box = make("div");
-  const list = make("ol");
-  for (const one of items) {
-    const row = make("li");
-    if (explained) {
-      const why = make("button", one.title || one.item, { type: "button" });
-      why.setAttribute("aria-expanded", "false");
-      why.addEventListener("click", () => explain(one, why));
-      row.append(why);
-    } else {
-      row.textContent = one.title || one.item;
-    }
-    list.append(row);
-  }
-  box.append(make("h3", title), list);
-  return box;
-}
+const partsOf = (ids) => ask("v1/compare", { history: ids, k: 10 }).then((said) => said.parts, () => ({}));
+byId("more").addEventListener("toggle", () => byId("more").open && !byId("columns").childElementCount && recommend());
 
-async function explain(one, button) {
-  for (const other of document.querySelectorAll("[aria-expanded]")) other.setAttribute("aria-expanded", "false");
+async function explain(one, row, button) {
+  const open = button.getAttribute("aria-expanded") === "true";
+  for (const other of byId("served-items").querySelectorAll("button")) other.setAttribute("aria-expanded", "false");
+  for (const other of byId("served-items").querySelectorAll("ul")) other.remove();
+  if (open) return;
   button.setAttribute("aria-expanded", "true");
+  const list = make("ul");
+  row.append(list);
   try {
-    const said = await ask("v1/explain", { history: history.map((each) => each.item), item: one.item });
-    const most = Math.max(1e-9, ...Object.values(said.parts).map(Math.abs));
-    const table = make("table");
-    for (const [part, value] of Object.entries(said.parts).sort((a, b) => b[1] - a[1])) {
-      const row = make("tr");
-      const bar = make("meter", undefined, { min: 0, max: most, value: Math.max(0, value) });
-      bar.setAttribute("aria-hidden", "true");
-      const cell = make("td");
-      cell.append(bar);
-      row.append(make("th", part, { scope: "row" }), cell, make("td", `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`));
-      table.append(row);
-    }
-    const near = said.nearest.length ? `Nearest in the history: ${said.nearest[0].title || said.nearest[0].item} (cosine ${said.nearest[0].score.toFixed(2)}).` : "";
-    byId("why").replaceChildren(make("h3", `Why “${said.title || said.item}”?`), make("p", "What each part adds to its score, beside the average item:", { className: "hint" }), table, make("p", near));
+    list.append(...reasons(history.length ? await ask("v1/explain", { history: history.map((each) => each.item), item: one.item }) : null));
+    byId("heard").textContent = [...list.children].map((each) => each.textContent).join(" ");
   } catch (error) {
-    say(byId("why"), error);
+    say(list, error);
   }
 }
 
-// ---- 3. a new product
+// The items of the history that are nearest, and the parts that speak for the item more than for an average one.
+function reasons(said) {
+  if (!said) return [make("li", "It is bought more often than most.")];
+  const near = said.nearest.slice(0, 1).map((each) => `It is like “${named(each)}”.`);
+  const parts = Object.entries(said.parts).filter(([, value]) => value > 0).sort((a, b) => b[1] - a[1]).slice(0, 2);
+  return [...near, ...parts.map(([title]) => REASONS[title] || OF_TEXT)].map((text) => make("li", text));
+}
+
+// ---- a product that is not in the shop yet
 
 byId("new").addEventListener("submit", async (event) => {
   event.preventDefault();
@@ -186,12 +208,12 @@ byId("new").addEventListener("submit", async (event) => {
       history: history.map((one) => one.item), title: byId("title").value, text: byId("text").value, k: 3,
     });
     const list = make("ol", undefined, { start: said.rank - said.above.length });
-    for (const one of said.above) list.append(make("li", one.title || one.item));
+    for (const one of said.above) list.append(make("li", named(one)));
     const own = make("li");
     own.append(make("strong", byId("title").value));
     list.append(own);
-    for (const one of said.below) list.append(make("li", one.title || one.item));
-    byId("place").replaceChildren(make("p", `Place ${said.rank.toLocaleString("en")} of ${said.of.toLocaleString("en")} for this user.`), list);
+    for (const one of said.below) list.append(make("li", named(one)));
+    byId("place").replaceChildren(make("p", `Place ${said.rank.toLocaleString("en")} of ${said.of.toLocaleString("en")} for this customer.`), list);
   } catch (error) {
     say(byId("place"), error);
   }
@@ -213,7 +235,7 @@ async function start() {
     byId("served").textContent = rows.join("; ");
     showHistory();
   } catch (error) {
-    say(byId("served"), error);
+    fail(error);
   }
 }
 
