@@ -142,8 +142,8 @@ class Batcher:
 
     @property
     def _pace(self) -> float:
-        """Return the seconds that a user takes; 0 while none is measured."""
-        return self._seconds / self._users if self._users else 0.0
+        """Return the seconds that a user takes; before the first pass, as if the largest one took a second."""
+        return max(1e-9, self._seconds / self._users) if self._users else 1.0 / self._most
 
     def _submit(self, job: _Job) -> "Future[Any]":
         with self._changed:
@@ -202,7 +202,7 @@ class Batcher:
             if not self._begin(job, now):
                 continue
             if not jobs:
-                most = min(self._most, int(SHARE * (job.deadline - now) / self._pace) if self._pace else self._most)
+                most = min(self._most, int(SHARE * (job.deadline - now) / self._pace))
             jobs.append(job)
             users += job.users
         self._running = now + self._pace * users if jobs else None

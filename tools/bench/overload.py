@@ -123,7 +123,7 @@ class Clients:
 
     def __init__(self, port: int, bodies: Sequence[bytes], timeout: float) -> None:
         self._port, self._bodies, self._patience = port, bodies, PATIENCE * timeout
-        self.answers, self._idle, self._asking = Answers(), list[Connection](), set[asyncio.Task[None]]()
+        self.answers, self._idle, self._opening = Answers(), list[Connection](), set[asyncio.Task[None]]()
 
     async def arrive(self, rate: float, seconds: float, even: bool) -> None:
         """Ask at a rate, and wait for what was asked."""
@@ -131,28 +131,35 @@ class Clients:
         moment, end, asked = loop.time(), loop.time() + seconds, 0
         while moment < end:
             await asyncio.sleep(moment - loop.time())
-            task = loop.create_task(self._ask(moment))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
+            self._ask(moment)
             moment, asked = moment + (1 / rate if even else random.expovariate(rate)), asked + 1
         while len(self.answers.seconds) + self.answers.refused.total() < asked:
             await asyncio.sleep(0.05)
         for connection in self._idle:
             connection.transport.close()
 
-    async def _ask(self, moment: float) -> None:
-        loop = asyncio.get_running_loop()
-        while self._idle and (connection := self._idle.pop()):
+    def _ask(self, moment: float) -> None:
+        while self._idle:
+            connection = self._idle.pop()
             if not connection.transport.is_closing():
-                break
-        else:
-            try:
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self.answers, self._idle.append), "127.0.0.1", self._port
-                )
-            except OSError:
-                self.answers.refused["no connection"] += 1
+                self._send(connection, moment)
                 return
+        task = asyncio.ensure_future(self._open(moment))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, moment: float) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_connection(
+                lambda: Connection(self.answers, self._idle.append), "127.0.0.1", self._port
+            )
+        except OSError:
+            self.answers.refused["no connection"] += 1
+        else:
+            self._send(connection, moment)
+
+    def _send(self, connection: Connection, moment: float) -> None:
         connection.ask(random.choice(self._bodies), moment, self._patience)
 
 
