@@ -105,7 +105,7 @@ def test_a_history_is_built_by_searching_and_changes_the_one_list(page, recommen
 
 
 def test_without_a_history_the_popular_items_are_shown_and_said_to_be(page, recommender):
-    popular = recommender.recommend([[]], 10, popular_if_empty=True)[0]
+    popular = recommender.recommend([[]], 10)[0]
     assert page.text("#served-items button") == "\n".join(one.title for one in popular)
     assert "sell best" in page.one("#state").text
 

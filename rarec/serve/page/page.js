@@ -162,7 +162,7 @@ async function recommend() {
   const ids = history.map((one) => one.item);
   byId("state").textContent = "…";
   try {
-    const said = await ask("v1/recommend", { histories: [ids], k: 10, popular_if_empty: true });
+    const said = await ask("v1/recommend", { histories: [ids], k: 10 });
     const parts = byId("more").open ? await partsOf(ids) : {};
     if (turn !== asked) return;
     show(said.results[0].items, parts);
