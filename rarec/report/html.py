@@ -102,7 +102,7 @@ def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
         "sanity_checks": sanity_checks(files, main),
         "headline": _table(files, headline, plain),
         "everything": _table(files, metrics, variants),
-        "lists": _table(files, LIST_METRICS, [variant for variant in variants if variant in listed]),
+        "lists": {**_table(files, LIST_METRICS, [name for name in variants if name in listed]), "best": ()},
         "parts": parts_worth(files, files.fusion, main, headline),
         "first": first,
         "others": sorted(others, key=lambda finding: metric_order(finding.metric)),
