@@ -269,6 +269,7 @@ def test_what_is_wrong_is_refused_with_its_name_and_a_remedy(client, name):
         ("GET", "/v1/items?limit=many", 422),
         ("GET", f"/v1/items?query={'x' * 300}", 422),
         ("GET", "/v1/items?bundle=nothing", 404),
+        ("GET", "/v1/items?bundle=a%20b", 422),
         ("DELETE", "/v1/bundles", 405),
     ],
 )

@@ -174,7 +174,7 @@ class Service:
         incoming: Incoming,
         query: Annotated[str, Query(max_length=200, description="Words that the title holds.")] = "",
         limit: Annotated[int, Query(ge=1, le=200)] = FOUND,
-        bundle: Annotated[str | None, Query(max_length=40)] = None,
+        bundle: Annotated[str | None, Query(max_length=40, pattern=schemas.BUNDLE_NAME)] = None,
         user: Annotated[str, Query(max_length=200)] = "",
     ) -> schemas.FoundItems:
         """Return items whose titles hold all words of a query."""

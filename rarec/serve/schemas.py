@@ -20,7 +20,8 @@ ItemId = Annotated[
 History = Annotated[list[ItemId], Field(description="Ids of items, oldest first.", examples=[["sku-1", "sku-7"]])]
 K = Annotated[StrictInt, Field(ge=1, le=100_000, description="Number of items.")]
 _BUNDLE = "Name of the bundle that answers; by default by share."
-Bundle = Annotated[StrictStr | None, Field(max_length=40, pattern="^[A-Za-z0-9._-]*$", description=_BUNDLE)]
+BUNDLE_NAME = "^[A-Za-z0-9._-]*$"
+Bundle = Annotated[StrictStr | None, Field(max_length=40, pattern=BUNDLE_NAME, description=_BUNDLE)]
 _USER = "Any key of the user: the same key gets the same bundle. It is not stored or logged."
 User = Annotated[Text | None, Field(description=_USER)]
 
