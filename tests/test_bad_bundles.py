@@ -395,7 +395,7 @@ def test_a_language_model_or_device_that_does_not_fit_is_named(bundle, tmp_path,
     [
         (None, None, "nowhere.csv"),
         ("user,item,time\n", None, "no rows"),
-        ("user,sku,time\nu,i001,1\n", None, "item"),
+        ("user,thing,time\nu,i001,1\n", None, "item"),
         ("user,item,time\nu,i001,yesterday\n", None, "yesterday"),
         ("user,item,time\nu,i001,1\n", "item", "--columns"),
         ("user,item,time\nu,i001,1\n", "price=item", "--columns"),
