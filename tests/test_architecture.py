@@ -45,7 +45,7 @@ def test_the_page_has_the_table_of_rooms_and_their_imports():
 
 @pytest.mark.parametrize(
     "module",
-    "cli config planning.doctor prompts stages cluster bundle.rules bundle.base".split(),
+    "cli config planning.doctor prompts stages cluster bundle.rules bundle.base_recommender".split(),
 )
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys, rarec.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

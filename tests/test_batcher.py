@@ -54,6 +54,7 @@ def test_requests_that_wait_share_a_pass_and_a_wrong_one_is_alone_with_its_error
         batcher.answer([Request(["late"])], soon())
 
 
+@pytest.mark.alone
 def test_what_cannot_be_answered_in_time_by_the_measured_pace_is_refused_with_the_time_that_the_rest_takes():
     batcher, _ = paced(0.1)
     timeout = 1.0 / SHARE  # one second of work may wait
@@ -104,6 +105,7 @@ def test_a_request_that_is_cancelled_while_it_waits_is_neither_computed_nor_coun
     assert engine.passes == [[["a"]]]
 
 
+@pytest.mark.alone
 def test_a_pass_takes_no_more_users_than_its_first_request_has_time_for():
     batcher, engine = paced(0.05, most=100)
     running = batcher.call(lambda: time.sleep(0.2), soon())
@@ -115,6 +117,7 @@ def test_a_pass_takes_no_more_users_than_its_first_request_has_time_for():
     batcher.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("load", [3, 10])
 def test_goodput_stays_at_any_load(load):
     """Arrivals that do not wait for answers, at several times the capacity of 50 a second, for four timeouts."""

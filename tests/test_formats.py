@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
 import rarec
-from rarec.bundle.base import NotOffered
+from rarec.bundle.base_recommender import NotOffered
 from rarec.bundle.bundle import Bundle
 from rarec.bundle.parts import DenseForm, Parts, sample_histories, unknown_users
 from rarec.bundle.recommended import Explanation, Place, Request
@@ -22,8 +22,8 @@ from rarec.bundle.write import hub_name
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.export import formats, rarec_client, write_targets
+from rarec.export.approximation import ExactLists
 from rarec.export.graphs import QueryGraph, write_graph
-from rarec.export.measured import Measured
 from rarec.export.onnx_recommender import OnnxRecommender
 from rarec.ranking import EvalBatch, VectorRanker
 from rarec.serve.engines import load_engine
@@ -323,8 +323,8 @@ def test_the_depth_of_a_search_is_what_finds_enough_or_the_one_that_is_given(kin
     items, users = (rng.normal(size=(count, 24)).astype(np.float32) for count in (4000, 50))
     form = DenseForm(items, {"": VectorRanker(items, lambda rows, histories: users)}, {})
     parts = SimpleNamespace(dense=form, scored=lambda histories: form.scored(unknown_users(histories)))
-    measured = Measured(parts, [np.arange(user, user + 3) for user in range(50)], "users")
-    shallow, default = (formats.Faiss(kind, depth).indexed(measured)[1] for depth in (1, None))
+    exact = ExactLists(parts, [np.arange(user, user + 3) for user in range(50)], "users")
+    shallow, default = (formats.Faiss(kind, depth).indexed(exact)[1] for depth in (1, None))
     assert shallow["depth"] == 1
     assert shallow["overlap@10"] < 0.9 < 0.99 <= default["overlap@10"]
     with pytest.raises(UserError, match=r"--depth.*flat"):
@@ -332,13 +332,13 @@ def test_the_depth_of_a_search_is_what_finds_enough_or_the_one_that_is_given(kin
 
 
 def test_an_approximation_is_measured_on_the_runs_validation_users_or_on_made_up_ones(run, recommender, tmp_path):
-    measured, dataset = Measured.of(recommender.parts), run.dataset
+    exact, dataset = ExactLists.of(recommender.parts), run.dataset
     targets = dataset.targets("validation", 200)
-    for rows, user, position in zip(measured.histories, targets.user_rows, targets.positions, strict=True):
+    for rows, user, position in zip(exact.histories, targets.user_rows, targets.positions, strict=True):
         assert rows.tolist() == dataset.history(int(user), int(position)).tolist()
-    assert measured.overlap(lambda query, k: np.argsort(-(query @ recommender.parts.dense.items_NF.T))[:, :k]) == 1
+    assert exact.overlap(lambda query, k: np.argsort(-(query @ recommender.parts.dense.items_NF.T))[:, :k]) == 1
     moved = rarec.load(shutil.copytree(recommender.bundle.directory, tmp_path / "moved"))
-    assert "made-up" in Measured.of(moved.parts).users
+    assert "made-up" in ExactLists.of(moved.parts).users
 
 
 def test_a_hubs_repository_is_a_bundle_with_a_card(recommender, everyone, tmp_path):

@@ -203,7 +203,7 @@ def listed(rows, scores, history=(), own=None, **asked):
 
 
 @pytest.mark.parametrize(
-    ("asked", "shut", "unknown"),
+    ("asked", "excluded", "unknown"),
     [
         ({}, [], []),
         ({"allow": ["a", "7"]}, [1, 2], []),
@@ -215,9 +215,9 @@ def listed(rows, scores, history=(), own=None, **asked):
         ({"where": "size > 0", "allow": ["a", 7], "deny": ["b"]}, [1, 2, 3], []),
     ],
 )
-def test_what_may_not_be_returned(asked, shut, unknown):
+def test_what_may_not_be_returned(asked, excluded, unknown):
     (plan,) = rules().plans([Request((), **asked)], [np.array([0])])
-    assert ([] if plan.shut_N is None else np.flatnonzero(plan.shut_N).tolist()) == shut
+    assert ([] if plan.excluded_N is None else np.flatnonzero(plan.excluded_N).tolist()) == excluded
     assert plan.unknown == unknown
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from scipy.sparse import csr_matrix
 
-from rarec.bundle.base import Part, chances
+from rarec.bundle.base_recommender import Part, chances
 from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
 from rarec.config.neighbours import built_in
 from rarec.distributed.world import SINGLE, World
@@ -140,7 +140,7 @@ class Parts:
 
     @property
     def newest_and_decay(self) -> tuple[int, float]:
-        """How a history is read by neighbour tables; see `newest_first`."""
+        """Return how many items of a history neighbour tables read, and the factor on older ones."""
         rule = self.bundle.facts["neighbours"] or {"newest": 0, "decay": 1.0}
         return int(rule["newest"]), float(rule["decay"])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rarec.bundle.base import BaseRecommender, Part
+from rarec.bundle.base_recommender import BaseRecommender, Part
 from rarec.bundle.bundle import IDS, MODEL, Bundle, Float32, Rows
 from rarec.bundle.parts import Parts, unknown_users
 from rarec.bundle.recommended import History, Id, Recommendations
@@ -59,7 +59,7 @@ class Recommender(BaseRecommender):
             chunk = plans[start : start + USERS_AT_A_TIME]
             scores = self.parts.scored([plan.history for plan in chunk])
             most = max(plan.candidates for plan in chunk)
-            found = best_scores(scores, most, [plan.seen for plan in chunk], [plan.shut_N for plan in chunk])
+            found = best_scores(scores, most, [plan.seen for plan in chunk], [plan.excluded_N for plan in chunk])
             best += [
                 (rows_C[: plan.candidates], own[: plan.candidates])
                 for plan, rows_C, own in zip(chunk, *found, strict=True)

@@ -38,14 +38,14 @@ class Plan:
     Attributes:
         request: what is asked for.
         history: item rows, oldest first.
-        shut_N: marks items that may not be returned; shared by requests of the same rules, None for no such item.
+        excluded_N: marks items that may not be returned; shared by requests of the same rules, None for no such item.
         unknown: ids of `allow` and `deny` that the catalogue lacks.
         rules: of the catalogue.
     """
 
     request: Request
     history: Rows
-    shut_N: Mask | None
+    excluded_N: Mask | None
     unknown: list[Id]
     rules: "Rules"
 
@@ -69,15 +69,15 @@ class Plan:
             rows_C: the best items that may be returned, best first; -1 is none.
             scores_C: their scores.
         """
-        said_C = (rows_C >= 0) & ((scores_C > 0) | (not self.rules.lists))
-        rows, scores = rows_C[said_C], scores_C[said_C]
+        scored_C = (rows_C >= 0) & ((scores_C > 0) | (not self.rules.lists))
+        rows, scores = rows_C[scored_C], scores_C[scored_C]
         k = self.request.k
         if self.request.diversify:
             order = diversified(scores[:MOST], self.rules.vectors_of(rows[:MOST]), k, self.request.diversify)
             rows, scores = (np.concatenate([part[order], np.delete(part, order)]) for part in (rows, scores))
         rows, scores = rows[:k], scores[:k]
         if len(rows) < k and (order_N := self.rules.order(self.request.fallback)) is not None:
-            out_N = np.zeros(len(order_N), np.bool_) if self.shut_N is None else self.shut_N.copy()
+            out_N = np.zeros(len(order_N), np.bool_) if self.excluded_N is None else self.excluded_N.copy()
             out_N[self.seen] = out_N[rows] = True
             more = order_N[~out_N[order_N]][: k - len(rows)]
             rows, scores = np.concatenate([rows, more]), np.concatenate([scores, np.zeros(len(more), np.float32)])
@@ -137,14 +137,15 @@ class Rules:
             UserError: k is not positive, `diversify` is not within 0 and 1 or there are no vectors, `fallback` is
                 unknown or there are no dates, or `where` is no condition on the columns.
         """
-        shut: dict[tuple[int, int, str | None], tuple[Mask | None, list[Id]]] = {}  # most requests have the same rules
+        # most requests have the same rules
+        excluded: dict[tuple[int, int, str | None], tuple[Mask | None, list[Id]]] = {}
         plans = []
         for request, history in zip(requests, histories, strict=True):
             self._check(request)
             key = id(request.allow), id(request.deny), request.where
-            if key not in shut:
-                shut[key] = self._shut(request)
-            plans.append(Plan(request, history, *shut[key], self))
+            if key not in excluded:
+                excluded[key] = self._excluded(request)
+            plans.append(Plan(request, history, *excluded[key], self))
         return plans
 
     def vectors_of(self, rows: Rows) -> Float32:
@@ -164,17 +165,17 @@ class Rules:
         if request.fallback == RECENT:
             self.order(RECENT)
 
-    def _shut(self, request: Request) -> tuple[Mask | None, list[Id]]:
+    def _excluded(self, request: Request) -> tuple[Mask | None, list[Id]]:
         """Return which items may not be returned, (N,), and the ids of `allow` and `deny` that are unknown."""
         if request.allow is None and not request.deny and request.where is None:
             return None, []
         unknown: dict[Id, None] = {}
-        shut_N = np.full(len(self.row_of), request.allow is not None)
-        shut_N[self._rows(request.allow or (), unknown)] = False
-        shut_N[self._rows(request.deny, unknown)] = True
+        excluded_N = np.full(len(self.row_of), request.allow is not None)
+        excluded_N[self._rows(request.allow or (), unknown)] = False
+        excluded_N[self._rows(request.deny, unknown)] = True
         if request.where is not None:
-            shut_N |= ~self._matching(request.where)
-        return shut_N, list(unknown)
+            excluded_N |= ~self._matching(request.where)
+        return excluded_N, list(unknown)
 
     def _rows(self, items: Collection[Id], unknown: dict[Id, None]) -> Rows:
         """Return the rows of items; note those that the catalogue lacks."""

@@ -165,7 +165,7 @@ class Prepare(Section):
 
     @property
     def drops_duplicates(self) -> bool:
-        """Whether one row per user, item and time is kept."""
+        """Return whether one row per user, item and time is kept."""
         return self.duplicates == "drop" or self.repeats != "keep"
 
 

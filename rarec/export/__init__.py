@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 KIND = "served"
 """Of the manifest of a folder that holds targets."""
+AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
+"""Remedy for a folder that a service or a client by ONNX Runtime cannot use."""
 BUILT_IN = tuple(KINDS["targets"].built_in)
 """Names of the targets that come with rarec, in the order in which they are written."""
 DISTRIBUTIONS = {"faiss": "faiss-cpu"}

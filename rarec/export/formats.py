@@ -19,7 +19,7 @@ from rarec.bundle.parts import Parts
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target, raise_if_far
-from rarec.export.measured import K, Measured
+from rarec.export.approximation import ExactLists, K
 from rarec.models.backbone import FrozenBackbone
 from rarec.neighbours.base import SCHEMA, pairs_of
 from rarec.storage.artefacts import MANIFEST, write_sealed
@@ -100,19 +100,19 @@ class Faiss(Target):
         """See `Target`. Figures: the kind, the depth, and the share of the exact lists that a search finds."""
         import faiss
 
-        measured = Measured.of(parts)
-        index, figures = self.indexed(measured)
+        exact = ExactLists.of(parts)
+        index, figures = self.indexed(exact)
         if self.index == "flat" and figures[f"overlap@{K}"] < 1:
             problem = f"the index finds {figures[f'overlap@{K}']:.1%} of the items that the bundle finds"
             raise UserError(problem, "report it: this is a bug")
         faiss.write_index(index, str(directory / INDEX))
-        return {"index": self.index, **figures, "measured_on": measured.users}
+        return {"index": self.index, **figures, "measured_on": exact.users}
 
-    def indexed(self, measured: Measured) -> tuple[Any, dict[str, Any]]:
+    def indexed(self, exact: ExactLists) -> tuple[Any, dict[str, Any]]:
         """Return the index, and figures of it."""
         import faiss
 
-        vectors_NF = measured.parts.dense.items_NF
+        vectors_NF = exact.parts.dense.items_NF
         count, size = vectors_NF.shape
         lists = max(1, min(int(4 * count**0.5), count // 39))  # faiss trains each with 39 vectors or more
         index: Any = faiss.index_factory(size, KINDS[self.index].format(lists=lists), faiss.METRIC_INNER_PRODUCT)
@@ -125,7 +125,7 @@ class Faiss(Target):
         while True:
             if most:
                 faiss.ParameterSpace().set_index_parameter(index, DEPTHS[self.index], depth)
-            found = measured.overlap(lambda queries, k: index.search(queries, k)[1])
+            found = exact.overlap(lambda queries, k: index.search(queries, k)[1])
             if self.depth or depth >= most or found >= GOOD:
                 return index, {**({"depth": depth} if most else {}), f"overlap@{K}": found}
             depth = min(most, 2 * depth)

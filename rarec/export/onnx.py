@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.export import Target, raise_if_far
+from rarec.export.approximation import ExactLists, K
 from rarec.export.formats import add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, write_graph
-from rarec.export.measured import K, Measured
 from rarec.export.onnx_recommender import CATALOGUE, ITEM, TABLES, TOKENIZER
 from rarec.models.build import slots_reserved
 from rarec.models.towers import side_batch
@@ -63,10 +63,10 @@ class Onnx(Target):
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             quantize_dynamic(str(directory / QUERY), str(directory / INT8), weight_type=QuantType.QInt8)
-            measured, items_NF = Measured.of(parts), parts.dense.items_NF
-            rounded = run_graph(directory / INT8, graph.inputs, graph.inputs_of(measured.histories))
-            overlap = measured.overlap(lambda query_VF, k: (-query_VF @ items_NF.T).argsort(1)[:, :k], rounded)
-            figures["int8"] = {f"overlap@{K}": overlap, "measured_on": measured.users}
+            exact, items_NF = ExactLists.of(parts), parts.dense.items_NF
+            rounded = run_graph(directory / INT8, graph.inputs, graph.inputs_of(exact.histories))
+            overlap = exact.overlap(lambda query_VF, k: (-query_VF @ items_NF.T).argsort(1)[:, :k], rounded)
+            figures["int8"] = {f"overlap@{K}": overlap, "measured_on": exact.users}
         copy_client(directory)
         item = None
         if graph.variant:

@@ -13,18 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from rarec.bundle.base import BaseRecommender, Float32, NotOffered, Part, Rows
-from rarec.bundle.catalogue import Catalogue
+from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered, Part, Rows
+from rarec.bundle.catalogue import COLUMNS, Catalogue
 from rarec.bundle.rules import Plan
 from rarec.config.method import Prompt
 from rarec.errors import UserError
+from rarec.export import AGAIN
 from rarec.export.rarec_client import BATCH, Client, run
 from rarec.prompts import PromptPair, TextTokenizer, lay_out
 
 CATALOGUE, TABLES = "catalogue.parquet", "parts.npz"
 """The items, and of each part `NAME/vectors` (N, Z) and `NAME/lacking` (N,)."""
 ITEM, TOKENIZER = "item.onnx", "tokenizer.json"
-AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 NEED_PARTS = ("similar", "explain", "compare", "place", "diversify")
 """What needs the single parts of the row, which earlier exports lack."""
 
@@ -47,7 +47,7 @@ class OnnxRecommender(BaseRecommender):
             catalogue = Catalogue.read(Path(client.checked(CATALOGUE)).read_bytes())
         else:
             items = pq.read_table(client.checked("items.parquet"), columns=["id", "title", "text", "train_count"])
-            catalogue = Catalogue.of(items.rename_columns(["item_id", "title", "text", "train_count"]))
+            catalogue = Catalogue.of(items.rename_columns(list(COLUMNS)))
         compared = self._parts.get(self._facts["compared"] or "")
         vectors = compared.vectors_NZ if compared else None
         if compared and vectors is not None and compared.lacking_N is not None:
@@ -86,7 +86,7 @@ class OnnxRecommender(BaseRecommender):
         histories = [plan.history.tolist() for plan in plans]
         best = []
         for plan, history, query in zip(plans, histories, self._client.queries(histories), strict=True):
-            among = None if plan.shut_N is None else np.flatnonzero(~plan.shut_N)
+            among = None if plan.excluded_N is None else np.flatnonzero(~plan.excluded_N)
             found = self._client.best(query, history, plan.candidates, plan.seen, among)
             best.append((np.array([row for row, _ in found], np.int64), np.array([s for _, s in found], np.float32)))
         return best
@@ -112,7 +112,7 @@ class OnnxRecommender(BaseRecommender):
 
     @cached_property
     def _factors_N(self) -> dict[str, npt.NDArray[np.float64]]:
-        """What a table has of the first part's weight and predictions; see `DenseForm.of`."""
+        """Return by what the exported table of the first part exceeds its own scores, (N,); see `DenseForm.of`."""
         (name, first), *others = self._parts.items()
         added = [
             part.weight * part.slope * part.lacking_N

@@ -175,7 +175,7 @@ def _at_least(scores_CN: torch.Tensor, threshold_C1: torch.Tensor) -> npt.NDArra
 
 
 def best_scores(
-    scores: Scores, k: int, seen: Sequence[Rows], shut: Sequence[npt.NDArray[np.bool_] | None] = ()
+    scores: Scores, k: int, seen: Sequence[Rows], excluded: Sequence[npt.NDArray[np.bool_] | None] = ()
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return the k best unseen items of each user.
 
@@ -183,7 +183,7 @@ def best_scores(
         scores: of B users.
         k: number of items; at most N are returned.
         seen: for each user, item rows that must not be returned.
-        shut: for each user, a mask of further items that must not be returned, (N,), or None; users may share masks.
+        excluded: for each user, a mask of further items that must not be returned, (N,), or None; users may share one.
 
     Returns:
         Item rows and scores, both (B, min(k, N)), best first. Where fewer than k unseen items are left, the row is
@@ -196,9 +196,9 @@ def best_scores(
     rows_BK = np.empty((scores.n_users, k), dtype=np.int64)
     scores_BK = np.empty((scores.n_users, k), dtype=np.float32)
     for part, scores_CN in _blocks(scores, scores.n_items):
-        for own_N, shut_N in zip(scores_CN, shut[part], strict=False):
-            if shut_N is not None:
-                own_N.masked_fill_(torch.from_numpy(shut_N).to(own_N.device), -torch.inf)
+        for own_N, excluded_N in zip(scores_CN, excluded[part], strict=False):
+            if excluded_N is not None:
+                own_N.masked_fill_(torch.from_numpy(excluded_N).to(own_N.device), -torch.inf)
         rows_BK[part], scores_BK[part] = _best(scores_CN, k, seen[part])
     return rows_BK, scores_BK
 

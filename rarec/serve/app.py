@@ -116,12 +116,12 @@ class Service:
             "/v1/explain": self.explain,
             "/v1/compare": self.compare,
         }
-        said: dict[str, Any] = {"responses": REFUSALS, "dependencies": [TOKEN]}
+        documented: dict[str, Any] = {"responses": REFUSALS, "dependencies": [TOKEN]}
         for path, route in routes.items():
-            app.post(path, **said)(route)
-        app.get("/v1/items", **said)(self.items)
-        app.get("/v1/users/sample", **said)(self.sample)
-        app.get("/v1/bundles", **said)(self.bundles)
+            app.post(path, **documented)(route)
+        app.get("/v1/items", **documented)(self.items)
+        app.get("/v1/users/sample", **documented)(self.sample)
+        app.get("/v1/bundles", **documented)(self.bundles)
         app.get("/metrics", dependencies=[TOKEN])(self.metrics)
         app.get("/health")(self.health)
         app.get("/ready")(self.ready)

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rarec.bundle.base import BaseRecommender
+from rarec.bundle.base_recommender import BaseRecommender
 from rarec.bundle.recommended import History, Id, Recommended, Request
 from rarec.errors import UserError
+from rarec.export import AGAIN
 from rarec.serve.settings import ServeSettings
 from rarec.serve.telemetry import event
 from rarec.storage.artefacts import Manifest, check_files, read_manifest
 
 LONGEST = 20
 """Items of the longest history that an engine answers before it serves."""
-AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 
 
 class Answer(NamedTuple):

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse
 
-from rarec.bundle.base import NotOffered
+from rarec.bundle.base_recommender import NotOffered
 from rarec.errors import UserError
 from rarec.serve.batcher import Busy, Late
 from rarec.serve.bundle_manager import Loaded, Unavailable, Unknown

@@ -110,7 +110,7 @@ class BaseRecommender(ABC):
     @property
     @abstractmethod
     def newest_and_decay(self) -> tuple[int, float]:
-        """How a history is read by neighbour tables; see `newest_first`."""
+        """Return how many items of a history neighbour tables read, and the factor on older ones."""
 
     @abstractmethod
     def encode_new(self, title: str, text: str) -> Float32:

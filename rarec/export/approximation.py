@@ -24,7 +24,7 @@ USERS, K = 200, 10
 
 
 @dataclass(frozen=True)
-class Measured:
+class ExactLists:
     """Users for whom approximate lists are compared with the exact ones.
 
     Attributes:
@@ -38,7 +38,7 @@ class Measured:
     users: str
 
     @classmethod
-    def of(cls, parts: Parts) -> "Measured":
+    def of(cls, parts: Parts) -> "ExactLists":
         """Return validation users of the run that the bundle is in; made-up ones, if it was moved from there."""
         dataset = _dataset(parts.bundle)
         if dataset is None or not (dataset.validation_U >= 0).any():
