@@ -499,3 +499,25 @@ def test_spark_recommends_what_the_bundle_recommends(served, recommender, everyo
         recommend(histories, served, items="history")
     with pytest.raises(UserError, match=r"query\.onnx"):
         recommend(histories, served.parent)
+
+
+def test_a_target_whose_package_is_not_installed_names_the_extra(tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        sys.modules.update(dict.fromkeys(["faiss", "onnx", "onnxruntime"]))  # as if they were not installed
+        from rarec.errors import UserError
+        from rarec.export import write_targets
+        for target in ("faiss", "onnx", "vllm"):
+            try:
+                write_targets(None, [target], Path("out"), print)
+            except UserError as error:
+                print(error.problem, error.remedy)
+    """
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    lines = [line.partition(" pip") for line in said.splitlines()]
+    assert [line[0] for line in lines] == [
+        "--to faiss needs faiss-cpu", "--to onnx needs onnx, onnxscript, onnxruntime", "--to faiss needs faiss-cpu"
+    ]  # fmt: skip
+    assert {line[2] for line in lines} == {" install 'rarec[serving]'"}
+    assert not list(tmp_path.iterdir())

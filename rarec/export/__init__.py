@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 KIND = "served"
 """Of the manifest of a folder that holds targets."""
+CATALOGUE, TABLES = "catalogue.parquet", "parts.npz"
+"""Files of `--to onnx`: the items; and of each part `NAME/vectors` (N, Z) and `NAME/lacking` (N,)."""
+ITEM, TOKENIZER = "item.onnx", "tokenizer.json"
 AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 """Remedy for a folder that a service or a client by ONNX Runtime cannot use."""
 BUILT_IN = tuple(KINDS["targets"].built_in)

@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 
 from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
-from rarec.export import Target, raise_if_far
+from rarec.export import CATALOGUE, ITEM, TABLES, TOKENIZER, Target, raise_if_far
 from rarec.export.approximation import ExactLists, K
 from rarec.export.formats import add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, write_graph
-from rarec.export.onnx_recommender import CATALOGUE, ITEM, TABLES, TOKENIZER
 from rarec.models.build import slots_reserved
 from rarec.models.towers import side_batch
 from rarec.neighbours import scores

@@ -18,13 +18,10 @@ from rarec.bundle.catalogue import COLUMNS, Catalogue
 from rarec.bundle.rules import Plan
 from rarec.config.method import Prompt
 from rarec.errors import UserError
-from rarec.export import AGAIN
+from rarec.export import AGAIN, CATALOGUE, ITEM, TABLES, TOKENIZER
 from rarec.export.rarec_client import BATCH, Client, run
 from rarec.prompts import PromptPair, TextTokenizer, lay_out
 
-CATALOGUE, TABLES = "catalogue.parquet", "parts.npz"
-"""The items, and of each part `NAME/vectors` (N, Z) and `NAME/lacking` (N,)."""
-ITEM, TOKENIZER = "item.onnx", "tokenizer.json"
 NEED_PARTS = ("similar", "explain", "compare", "place", "diversify")
 """What needs the single parts of the row, which earlier exports lack."""
 
