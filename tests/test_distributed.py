@@ -11,6 +11,7 @@ import torch
 from rarec.distributed.world import World
 from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
+from rarec.evaluation.results import LIST_METRICS
 from rarec.storage.files import read_json
 from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
 from tests.synthetic import write_llm
@@ -154,6 +155,10 @@ def judged(decoder, tmp_path_factory) -> Path:
     return run
 
 
+def is_of_lists(row):
+    return row.get("metric") in LIST_METRICS
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
 def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, tmp_path, engine):
     run = tmp_path / "run"
@@ -173,7 +178,10 @@ def test_shards_figures_and_examples_are_those_of_one_process(decoder, judged, t
     for name in ("metrics.json", "comparisons.json", "strata.json"):
         both = (read_json(root / "evaluation" / name) for root in (run, judged))
         own, other = ([row for row in rows if turned.isdisjoint(map(str, row.values()))] for rows in both)
-        assert own == other, name
+        assert [row for row in own if not is_of_lists(row)] == [row for row in other if not is_of_lists(row)], name
+        for row, expected in zip(filter(is_of_lists, own), filter(is_of_lists, other), strict=True):
+            # the last place of a list may turn by rounding too, unseen in the ranks of targets
+            assert row["value"] == pytest.approx(expected["value"], rel=0.01), row
     examples = (read_json(root / "evaluation" / "examples.json") for root in (run, judged))
     for own, other in zip(*examples, strict=True):
         compared = {variant: top for variant, top in own["top"].items() if variant not in turned}

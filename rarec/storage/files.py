@@ -157,7 +157,8 @@ def remove_stale(directory: Path, name: str | None = None) -> None:
     for path in directory.glob(f".{'*' if name is None else glob.escape(name)}.aside-*"):
         # gone by now, or another user's: tidying up must not fail a write
         with suppress(OSError), open_to_lock(path) as handle:
-            if is_temporary(path) and try_lock(handle):
+            # its writer may have made it anew between our opening and locking: that one is not ours to remove
+            if is_temporary(path) and try_lock(handle) and os.path.samestat(os.fstat(handle), path.stat()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -206,9 +206,11 @@ def _identifier(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of the deepest cause of a Java exception."""
+    """Return the message of the deepest cause of a Java exception, after the file that was read, if it names one."""
     causes = re.findall(r"^(?:Caused by)?: ?[\w.$]+: (.+)", str(error), re.MULTILINE)
-    return (causes[-1] if causes else str(error).strip().splitlines()[0]).strip()
+    reason = (causes[-1] if causes else str(error).strip().splitlines()[0]).strip()
+    file = re.search(r"error while reading file (.+?)\. +SQLSTATE", str(error))
+    return f"{unquote(file[1])}: {reason}" if file and file[1] not in reason else reason
 
 
 @contextmanager
@@ -217,7 +219,7 @@ def _explained(task: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        raise UserError(f"{task}: {_reason(error)[:200]}", remedy) from None
+        raise UserError(f"{task}: {_reason(error)[:400]}", remedy) from None
 
 
 def _start_session(settings: Mapping[str, str], own: bool) -> SparkSession:
