@@ -118,6 +118,12 @@ def users(**changes):
     return harm
 
 
+def more_vectors_per_user(bundle: Path) -> None:
+    sources = read_json(bundle / FACTS)["sources"]
+    sources["id"]["vectors_per_user"] = 3
+    sealed(bundle, sources=sources)
+
+
 def neighbours(**changes):
     return lambda bundle: sealed(bundle, neighbours={**read_json(bundle / FACTS)["neighbours"], **changes})
 
@@ -186,7 +192,7 @@ HARMS = {
     "newer manifest": (manifest(schema=99), "schema 99"),
     "code": (
         facts(sources={"id": {"users": {"kind": "evil:Model"}, "dim": 16, "vectors_per_user": 1, "hash": ""}}),
-        "evil:Model",
+        f"{FACTS} names evil:Model",
     ),
     "vectors of another size": (
         rewritten(VECTORS, tensors(lambda t: t.update({"ids/id": t["ids/id"][:, :3].contiguous()}))),
@@ -212,10 +218,13 @@ HARMS = {
         facts(tables={"interactions": {}, "duplicates": "drop", "repeats": "first"}),
         "items",
     ),
+    "neighbours that are not listed": (unlisted("neighbours/ease.parquet"), "neighbours/ease.parquet"),
+    "vectors of a user that are more": (more_vectors_per_user, "sources.id.vectors_per_user"),
     "a file that is not listed": (unlisted("alignment.safetensors"), "alignment.safetensors"),
     "files that are not those of the hash": (manifest(files={}), "hash"),
     "an ID model without a size": (users(dim=None), "sources.id.users"),
-    "an ID model of a huge size": (users(dim=100_000), "encoders.safetensors"),
+    "an ID model of another size than its vectors": (users(dim=100_000), "sources.id"),
+    "an ID model of other settings than its weights": (users(max_history=7), FACTS),
     "an ID model beyond all sizes": (users(max_history=10**12), "sources.id.users"),
     "a table of users": (users(kind="table"), "sources.id.users"),
     "a rule that is none": (users(kind="rule", rule="newest", half_life=1.0, max_history=3), "sources.id.users"),
@@ -412,6 +421,12 @@ def test_a_log_that_cannot_be_read_is_named_and_nothing_is_written(bundle, tmp_p
         with pytest.raises(UserError, match=named):
             cli_bundle.recommend(bundle, log=str(path), columns=columns, **options)
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_refused_for_all_users_too(bundle, tmp_path, device):
+    with pytest.raises(UserError, match=f"--device is '{device}'"):
+        cli_bundle.recommend(bundle, everyone=True, log="log.csv", out=tmp_path / "top.csv", device=device)
 
 
 def test_a_log_of_unknown_items_is_refused_by_the_ids_of_both(bundle, tmp_path):

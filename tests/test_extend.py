@@ -191,7 +191,7 @@ def test_an_installed_package_offers_a_short_name(here, tmp_path, monkeypatch):
     )
     run.run([stage for stage in STAGES if stage != "report"])
     bundle = run.directory("export")
-    with pytest.raises(UserError, match=r"needs decay.*\n.*trusted"):
+    with pytest.raises(UserError, match=r"names decay.*\n.*trusted"):
         rarec.load(bundle)
     assert len(rarec.load(bundle, trusted=["decay"]).recommend([["i001"]], 3)[0]) == 3
 

@@ -175,7 +175,7 @@ class Bundle:
             named = own_parts(facts)
         for name in named:
             if self.trusted is not None and name not in self.trusted:
-                problem = f"{self.directory} needs {name}, which is used only if it is named"
+                problem = f"{where} names {name}, which is used only if it is trusted"
                 remedy = f"if you trust it: --trust {name}, or rarec.load(..., trusted=[{name!r}])"
                 raise UserError(problem, remedy)
         return facts
@@ -226,9 +226,10 @@ class Bundle:
             own = {key.removeprefix(f"{name}/"): t for key, t in self.encoders.items() if key.startswith(f"{name}/")}
             with self._reading(ENCODERS):
                 _check_tables(facts["users"], own, len(self.catalogue.titles), facts["dim"])
-                users = users_of(facts["users"], recipe_of(facts["users"]), own, str(self.directory))
-                if users.per_user != facts["vectors_per_user"]:
-                    raise ValueError(f"ID model {name!r} gives {users.per_user} vectors a user")
+                users = users_of(facts["users"], recipe_of(facts["users"]), own, str(self.directory / FACTS))
+            if users.per_user != facts["vectors_per_user"]:
+                problem = f"`sources.{name}.vectors_per_user` is {facts['vectors_per_user']}, not {users.per_user}"
+                raise UserError(f"{self.directory / FACTS}: {problem}", REMEDY)
             sources[name] = Source(name, self.vectors[IDS + name], users, facts["hash"], {})
         return sources
 
@@ -251,10 +252,15 @@ class Bundle:
         facts = self.facts
         others = {"popularity", "id", facts["model"] and facts["model"]["variant"]["name"]}
         names = sorted(set(facts["parts"]) - others)
-        absent = [name for name in names if _table_file(name) not in self.manifest["files"]]
-        absent += ["id"] if "id" in facts["parts"] and facts["id_model"] not in facts["sources"] else []
-        if absent or (names and not facts["neighbours"]):
-            raise UserError(f"{self.directory / FACTS}: part {(absent or names)[0]!r} is not in this bundle", REMEDY)
+        needs = {name: _table_file(name) for name in names}
+        absent = {name: file for name, file in needs.items() if file not in self.manifest["files"]}
+        if not facts["neighbours"]:
+            absent |= dict.fromkeys(names, "`neighbours`")
+        if "id" in facts["parts"] and facts["id_model"] not in facts["sources"]:
+            absent["id"] = f"the ID model {facts['id_model']!r}"
+        for name, what in absent.items():
+            problem = f"{self.directory / FACTS}: part {name!r} needs {what}, which is not in this bundle"
+            raise UserError(problem, REMEDY)
         return names
 
     @cached_property
@@ -317,8 +323,6 @@ def _check_tables(users: Mapping[str, Any], tensors: Mapping[str, Tensor], count
     for name, shape in shapes.items():
         if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
             raise ValueError(f"tensor {name!r} is not of type float32 and shape {shape}")
-    if users.get("dim", dim) != dim:
-        raise ValueError(f"an ID model has vectors of {users['dim']} numbers, not {dim}")
 
 
 def _table_file(name: str) -> str:

@@ -83,6 +83,13 @@ class _Source(Section):
     vectors_per_user: Positive
     hash: str
 
+    @model_validator(mode="after")
+    def _check_dim(self) -> "_Source":
+        own = (self.users.model_extra or {}).get("dim", self.dim)
+        if own != self.dim:
+            raise ValueError(f"`users.dim` is {own}, and `dim` is {self.dim}")
+        return self
+
 
 class _Neighbours(Section):
     """How neighbour tables are read."""

@@ -354,7 +354,7 @@ def users_of(
             expected = build(recipe).state_dict()
         differing = [name for name in {**expected, **tensors} if not _alike(expected.get(name), tensors.get(name))]
         if differing:
-            raise ValueError(f"tensor {differing[0]!r} is not that of the settings")
+            raise ValueError(f"tensor {differing[0]!r} does not fit the settings of {where}")
     elif recipe is None or recipe.model_dump(mode="json") != fields:
         problem = f"{where} was made by the ID model {kind}, which the configuration does not name"
         raise UserError(problem, f"set ids.model: {kind} and its ids.settings, if you trust that code")

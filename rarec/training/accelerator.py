@@ -76,7 +76,7 @@ def join_world(device: str, field: str, on_cpu: str) -> World:
         on_cpu: what the user writes to have `cpu` there.
 
     Raises:
-        UserError: a GPU is required and there is none.
+        UserError: it is another word; or a GPU is required and there is none.
     """
     _silence_libraries()
     world = world_size()
@@ -100,8 +100,10 @@ def _on_gpu(device: str, field: str, on_cpu: str, world: int) -> bool:
     """Return whether models run on GPUs.
 
     Raises:
-        UserError: they must, and there is none.
+        UserError: it is another word; or they must, and there is none.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"{field} is {device!r}", "choose auto, cpu or cuda", shared=True)
     wanted = device
     if wanted == "auto" and world > 1:
         wanted = "cuda"  # if one of several machines has lost its GPUs, it must not continue on its CPU

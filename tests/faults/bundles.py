@@ -39,17 +39,20 @@ ODD = [
     [[]],
     {},
 ]
-NAMED = (BUNDLE, "log/", "--columns", "llm")
-"""One of these must be in a refusal: the forged file, or what its settings do not fit."""
 WRITERS = [line for line in USES if "--out" in line]
 
 
 def forge(draw: Draw, world: World, place: Path) -> Harm:
-    """Forge a file of a bundle, with its hash and those of the manifest, and give a command that uses the bundle."""
+    """Forge a file of a bundle, with its hash and those of the manifest, and give a command that uses the bundle.
+
+    A refusal names the file; or the language model, whose identity only that model can contradict.
+    """
     command = copied(world, place, "finished", draw(st.sampled_from(USES)).split())
     bundle = place / BUNDLE
-    what = draw(st.sampled_from([_forge_facts, _forge_facts, _forge_tensors, _forge_table, _forge_list]))(draw, bundle)
-    return Harm(f"forged: {what}", command, NAMED, expect="any")
+    forge_file = draw(st.sampled_from([_forge_facts, _forge_facts, _forge_tensors, _forge_table, _forge_list]))
+    path, what = forge_file(draw, bundle)
+    names = (path.relative_to(bundle).as_posix(), *["another language model"] * what.startswith("model.llm."))
+    return Harm(f"forged: {path.name}, {what}", command, names, expect="any")
 
 
 def interrupt_use(draw: Draw, world: World, place: Path) -> Harm:
@@ -62,7 +65,7 @@ def interrupt_use(draw: Draw, world: World, place: Path) -> Harm:
     return Harm(f"{kills}", command, ("run/out",), interruptions=interruptions)
 
 
-def _forge_facts(draw: Draw, bundle: Path) -> str:
+def _forge_facts(draw: Draw, bundle: Path) -> tuple[Path, str]:
     facts = json.loads((bundle / FACTS).read_text())
     at = draw(st.sampled_from(list(_places(facts))))
     value = draw(st.sampled_from([*ODD, "REMOVED"]))
@@ -76,7 +79,7 @@ def _forge_facts(draw: Draw, bundle: Path) -> str:
         parent[last] = value
     (bundle / FACTS).write_text(json.dumps(facts))
     _seal(bundle)
-    return f"{'.'.join(map(str, at))}: {value!r}"
+    return bundle / FACTS, f"{'.'.join(map(str, at))}: {value!r}"
 
 
 def _places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -97,7 +100,7 @@ TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _forge_tensors(draw: Draw, bundle: Path) -> str:
+def _forge_tensors(draw: Draw, bundle: Path) -> tuple[Path, str]:
     path = draw(st.sampled_from(sorted(bundle.rglob("*.safetensors"))))
     tensors = load_file(path)
     name = draw(st.sampled_from(sorted(name for name, tensor in tensors.items() if tensor.ndim)))
@@ -106,10 +109,10 @@ def _forge_tensors(draw: Draw, bundle: Path) -> str:
     tensors |= {f"{name}2": tensor} if kind == "renamed" else {name: TENSORS[kind](tensor)}
     save_file(tensors, path)
     _seal(bundle)
-    return f"{path.name}, {name}: {kind}"
+    return path, f"{name}: {kind}"
 
 
-def _forge_table(draw: Draw, bundle: Path) -> str:
+def _forge_table(draw: Draw, bundle: Path) -> tuple[Path, str]:
     path = draw(st.sampled_from(sorted(bundle.rglob("*.parquet"))))
     table = pq.read_table(path)
     column = draw(st.integers(0, table.num_columns - 1))
@@ -126,10 +129,10 @@ def _forge_table(draw: Draw, bundle: Path) -> str:
     kind = draw(st.sampled_from(list(forms)))
     pq.write_table(forms[kind](), path)
     _seal(bundle)
-    return f"{path.name}, {name}: {kind}"
+    return path, f"{name}: {kind}"
 
 
-def _forge_list(draw: Draw, bundle: Path) -> str:
+def _forge_list(draw: Draw, bundle: Path) -> tuple[Path, str]:
     """Leave a file out of the manifest, and alter it."""
     path = draw(
         st.sampled_from(sorted(path for path in bundle.rglob("[!.]*") if path.is_file() and path.name != MANIFEST))
@@ -138,7 +141,7 @@ def _forge_list(draw: Draw, bundle: Path) -> str:
     path.unlink()
     _seal(bundle)
     path.write_bytes(data[: len(data) // 2] + b"x" + data[len(data) // 2 + 1 :])
-    return f"{path.name} is not listed"
+    return path, "not listed"
 
 
 def _seal(bundle: Path) -> None:
