@@ -1,6 +1,5 @@
 """One training on any engine and any number of ranks: the same losses, figures, adapters; elastic in mid-epoch."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import torch
 
 from rarec.distributed.world import World
 from rarec.entry import open_run
-from rarec.errors import EXIT_CODE, UserError
 from rarec.evaluation.results import LIST_METRICS
 from rarec.storage.files import read_json
-from tests.ranks import ENGINES, VARIANT, copied, finish, losses, start, weights
+from tests.ranks import ENGINES, VARIANT, copied, finish, losses, weights
 from tests.synthetic import write_llm
 
 pytestmark = pytest.mark.multiprocess
@@ -53,29 +51,11 @@ def test_two_ranks_train_as_one_process_does_on_every_engine(decoder, alone, tmp
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_neither_the_mark_of_a_process_that_was_killed_while_it_compiled_nor_another_ninja_is_in_the_way(
-    zero, decoder, tmp_path
-):
-    mark = zero.op_directory() / "deepspeed_shm_comm" / zero.MARK
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    other = tmp_path / "bin" / "ninja"
-    other.parent.mkdir()
-    other.write_text("#!/bin/sh\nexit 1\n")
-    other.chmod(0o755)
+def test_deepspeed_needs_no_compiler(decoder, tmp_path):
+    nothing = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "ops"), "CXX": "no-such-compiler"}
     few = [copied(decoder, tmp_path / "run"), *TRAIN, "train.max_steps=1"]
-    first = {"PATH": f"{other.parent}:{os.environ['PATH']}"}
-    finish("train", decoder, few, engine="zero1", scratch=tmp_path, environment=first)
-    assert not mark.exists()
-
-
-def test_an_op_that_does_not_compile_is_one_error(decoder, tmp_path):
-    nowhere = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "ops"), "CXX": "no-such-compiler"}
-    place = copied(decoder, tmp_path / "run")
-    job = start("train", decoder, [place, *TRAIN], engine="zero1", scratch=tmp_path, environment=nowhere)
-    assert job.codes() == [EXIT_CODE] * 2
-    assert "no-such-compiler: not found" in job.said()
-    assert "rarec doctor" in job.said()
+    finish("train", decoder, few, engine="zero1", scratch=tmp_path, environment=nothing)
+    assert not (tmp_path / "ops").exists()
 
 
 @pytest.mark.parametrize(("stage", "of_weight"), [(2, "meta"), (3, "cpu")])
@@ -85,13 +65,6 @@ def test_what_deepspeed_does_not_move_to_the_device_is_there(zero, stage, of_wei
     zero.ZeroEngine(World(device=torch.device("meta")), {"zero_optimization": {"stage": stage}}).place(model)
     assert {buffer.device.type for buffer in model.buffers()} == {"meta"}
     assert model[1].weight.device.type == of_weight
-
-
-def test_a_place_that_cannot_be_made_for_the_op_is_one_error(zero, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"/file/\S+ .*Not a directory\n.*set TORCH_EXTENSIONS_DIR"):
-        zero.load_cpu_op()
 
 
 HALF = [*TRAIN, "llm.dtype=bfloat16"]

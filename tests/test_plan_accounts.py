@@ -74,7 +74,7 @@ def test_engines_hold_what_their_table_says(llama):
     assert [of[stage].trainable for stage in ENGINES] == [trained, trained, trained, share, trained]
     assert [of[stage].gradients for stage in ENGINES] == [trained, trained, share, share, trained]
     assert [of[stage].optimizer for stage in ENGINES] == [2 * trained, 3 * share, 3 * share, 3 * share, 2 * trained]
-    assert [of[stage].buckets for stage in ENGINES] == [trained, 200_000_000, 200_000_000, 200_000_000, 0]
+    assert [of[stage].buckets for stage in ENGINES] == [trained, 200_000_000, 200_000_000, 200_000_000, trained]
 
 
 def test_zero_3_keeps_small_tensors_whole_beside_their_shards(llama):
@@ -106,18 +106,18 @@ def test_a_block_saves_what_the_docstring_says(tmp_path, dtype, kept):
         if not path.exists():
             write_llm(path, "llama", blocks=blocks)
         made = calculator(path, llm={"dtype": dtype}, train={"blocks": [0]})
-        shape = StepShape(3, 3, 1, {"user": 20, "item": 10}, (0,), {"id": (1, E)})
+        shape = StepShape(3, 3, 1, {"user": 61, "item": 29}, (0,), {"id": (1, E)})  # with the slots, full 32s
         return step_activations(made.meta_model("per_layer", checkpointing), made.config.loss, shape).saved
 
     def positions(of_position) -> int:
-        lengths = [text + M + 1 for text in (20, 10)]  # with the slots
+        lengths = [text + M + 1 for text in (61, 29)]
         return sum(3 * length * of_position(length) for length in lengths)
 
     formulas = {
         "float32": lambda length: 24 * D + 12 * F + 4 * length + 4 * HEADS + 8,
         "bfloat16": lambda length: 16 * D + 6 * F + 2 * length + 4 * HEADS + 8,
     }
-    assert step(3, False) - step(2, False) == positions(formulas[dtype])
+    assert step(3, False) - step(2, False) == positions(formulas[dtype]) + 2 * 16
     assert step(3, True) - step(2, True) == positions(lambda _: kept)
 
 

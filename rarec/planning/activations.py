@@ -6,10 +6,11 @@ the losses. For a Llama under `sdpa`, whose heads make up D, a block saves for e
     16 D + 6 F + 2 T + 4 H + 8 bytes in bfloat16,  24 D + 12 F + 4 T + 4 H + 8 in float32:
 
 the inputs of its 2 norms, in float32 (8 D), with a scale (4 each); queries, keys and values repeated for every head,
-and the output (4 times D numbers); gate, its activation and up (3 F); the cast mask (T); attention's log-sums (4 H). A
-frozen linear layer saves its weight alone. With gradient checkpointing a block saves its input alone (D), and one block
-at a time is recomputed. Beside the blocks: slots (L, B, K, D) and projections in float32, text-only states of both
-sides with the gathered ones, scores (b, B), and temporary tensors of the backward pass.
+and the output (4 times D numbers); gate, its activation and up (3 F); the cast mask (T); attention's log-sums (4 H, of
+positions filled up to a multiple of 32), and 16 bytes for each tower. A frozen linear layer saves its weight alone.
+With gradient checkpointing a block saves its input alone (D), and one block at a time is recomputed. Beside the blocks:
+slots (L, B, K, D) and projections in float32, text-only states of both sides with the gathered ones, scores (b, B), and
+temporary tensors of the backward pass.
 
 Shape letters: b rows of this rank, B rows of the whole batch, T positions, K slots, E source dimension, H history or
 heads, L blocks, D hidden size, F size of the feed-forward layer.

@@ -9,15 +9,7 @@ from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
-from rarec.planning.costs import (
-    SHIPPED_ZERO,
-    RankMemory,
-    Traffic,
-    ZeroSettings,
-    rank_memory,
-    step_seconds,
-    step_traffic,
-)
+from rarec.planning.costs import RankMemory, Traffic, rank_memory, step_seconds, step_traffic
 from rarec.planning.meta_model import MetaModel, MetaModelBuilder
 from rarec.planning.setup import (
     REPLICATED,
@@ -41,13 +33,11 @@ class Calculator:
         config: configuration of the run.
         builder: builder of its models.
         samples: samples of its shards; None where there are none yet.
-        zero: DeepSpeed's settings.
     """
 
     config: RunConfig
     builder: MetaModelBuilder
     samples: SampleStats | None = None
-    zero: ZeroSettings = SHIPPED_ZERO
     _cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -113,7 +103,7 @@ class Calculator:
 
     def _without_activations(self, variant: str, setup: TrainingSetup) -> RankMemory:
         model = self.meta_model(variant, setup.checkpointing)
-        return rank_memory(model, setup.engine, setup.cluster.world_size, setup.checkpointing, self.zero)
+        return rank_memory(model, setup.engine, setup.cluster.world_size, setup.checkpointing)
 
     def activations(self, variant: str, setup: TrainingSetup) -> Activations:
         """Trace a step with the batch that needs the most memory."""
@@ -176,10 +166,7 @@ class Calculator:
     def _step_shapes(self, variant: str, setup: TrainingSetup) -> list[StepShape]:
         """Return the sizes of micro-batches that may need the most memory, the one with the longest prompts last."""
         count = len(self.meta_model(variant, setup.checkpointing).model.backbone.blocks)
-        blocks = tuple(sorted(set(self.config.shards.state_blocks or range(count))))
-        if blocks[-1] >= count:
-            problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
-            raise UserError(problem, f"choose from blocks 0 to {count - 1}")
+        blocks = tuple(self.config.shards.stored_blocks(count))
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.builder.sources.items()}
         world_size = setup.cluster.world_size
         item = self.prompts["item"].in_batch(self.config.llm.packing)

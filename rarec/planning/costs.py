@@ -8,7 +8,7 @@ Memory. P is the size of the trainable parameters in float32, N the number of ra
 | ZeRO-1 | whole | P | P | 3 P / N, with its own copy of the weights | one |
 | ZeRO-2 | whole | P | P / N | 3 P / N | one |
 | ZeRO-3 | each tensor / N, small ones whole as well | P / N | P / N | 3 P / N | one |
-| FSDP2 | each tensor / N by rows | P | P | 2 P | |
+| FSDP2 | each tensor / N by rows | P | P | 2 P | DDP's: P |
 
 Gathered weights, at their peak: FSDP2 holds the language model's weights outside the blocks (its embeddings), one
 block, and the next one or its message. ZeRO-3 prefetches up to `live` elements; where blocks are not recomputed,
@@ -133,7 +133,7 @@ def rank_memory(
     whole = _bytes(model.trainable)
     share = sum(_share(weight, world_size) for weight in model.trainable)
     deepspeed = engine in ("1", "2", "3")
-    ddp_bucket = whole if engine == "0" and world_size > 1 else 0
+    ddp_bucket = whole if world_size > 1 else 0
     return RankMemory(
         frozen=sum(_frozen_bytes(weight, engine, world_size, zero) for weight in model.frozen),
         buffers=model.buffer_bytes,

@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 def checks() -> list[Check]:
     """Check the machine, the engines, the models and the extras; never raises."""
-    groups = (machine, stack, devices, deepspeed, preparation, slurm, small_packages, extras)
+    groups = (machine, stack, devices, deepspeed, compiler, preparation, slurm, small_packages, extras)
     return [check for group in groups for check in run_safely(group)]
 
 
@@ -143,7 +143,7 @@ def devices() -> Iterator[Check]:
 
 
 def deepspeed() -> Iterator[Check]:
-    """Yield DeepSpeed, and what it needs to compile an op."""
+    """Yield DeepSpeed."""
     if importlib.util.find_spec("deepspeed") is None:
         yield Check("DeepSpeed", "note", "not installed; Accelerate trains without it", "pip install deepspeed")
     else:
@@ -152,13 +152,16 @@ def deepspeed() -> Iterator[Check]:
         remedy = "pip install --force-reinstall --no-deps deepspeed"
         good = f"{_version('deepspeed')} imports"
         yield check("DeepSpeed", not failure, good, f"does not import: {failure}", remedy, required=True)
+
+
+def compiler() -> Iterator[Check]:
+    """Yield what `llm.compile` needs on a CPU."""
     named = os.environ.get("CXX", "c++")  # as PyTorch chooses
-    compiler = shutil.which(named.partition(" ")[0]) or ""
+    found = shutil.which(named.partition(" ")[0]) or ""
     remedy = "unset CXX, or set it to an installed compiler" if "CXX" in os.environ else "apt-get install -y g++"
-    lack = f"no {named}: DeepSpeed on CPUs compiles an op at first use"
-    yield check("C++ compiler", compiler, compiler, lack, remedy)
+    yield check("C++ compiler", found, found, f"no {named}: llm.compile on CPUs needs it", remedy)
     header = Path(sysconfig.get_path("include"), "Python.h")
-    lack = f"no {header}: DeepSpeed's op needs it"
+    lack = f"no {header}: llm.compile on CPUs needs it"
     yield check("Python headers", header.exists(), str(header.parent), lack, "apt-get install -y python3-dev")
 
 

@@ -1,8 +1,9 @@
 """Build a variant's model on the meta device, from the language model's config.json alone, and list its parameters.
 
-Attention is replaced by an operation that allocates and saves what fused kernels do, and computes nothing: which kernel
-a GPU would choose cannot be asked without one. For the backward pass a fused kernel saves queries, keys, values, the
-output, and the log of the softmax's sum for each head and token (Dao et al., FlashAttention, 2022).
+Attention calls PyTorch's fused operations by name: on the meta device `scaled_dot_product_attention` would take the
+plain one, and which kernel a GPU would choose cannot be asked without one. For the backward pass a fused kernel saves
+queries, keys, values, the output, and the log of the softmax's sum for each head and token (Dao et al., FlashAttention,
+2022).
 
 Shape letters: B batch, H heads, G heads of keys and values, T positions, C size of a head.
 """
@@ -208,23 +209,6 @@ def _read_llm_config(config: RunConfig, converted: Path) -> Any:
     return read_with(AutoConfig, name, path, revision=config.llm.revision)
 
 
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, queries_BHTC: Tensor, keys_BGTC: Tensor, values_BGTC: Tensor, bias_B1TT: Tensor | None
-    ) -> Tensor:
-        batch, heads, length, _ = queries_BHTC.shape
-        out_BTHC = queries_BHTC.new_empty(batch, length, heads, values_BGTC.shape[-1])
-        sums_BHT = queries_BHTC.new_empty(batch, heads, length, dtype=torch.float32)
-        ctx.save_for_backward(queries_BHTC, keys_BGTC, values_BGTC, bias_B1TT, out_BTHC, sums_BHT)
-        return out_BTHC
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries_BHTC, keys_BGTC, values_BGTC, *_ = ctx.saved_tensors
-        return torch.empty_like(queries_BHTC), torch.empty_like(keys_BGTC), torch.empty_like(values_BGTC), None
-
-
 def _attend(
     module: nn.Module,
     queries_BHTC: Tensor,
@@ -234,12 +218,15 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Do what transformers does for `sdpa`: with a mask, repeat keys and values for every head and cast the mask."""
+    if attention_mask is None:
+        out_BHTC, *_ = torch.ops.aten._scaled_dot_product_flash_attention(queries_BHTC, keys_BGTC, values_BGTC)
+        return out_BHTC.transpose(1, 2), None
     groups = int(getattr(module, "num_key_value_groups", 1))
-    if attention_mask is not None and groups > 1:
-        keys_BGTC, values_BGTC = (side.repeat_interleave(groups, 1) for side in (keys_BGTC, values_BGTC))
-    bias_B1TT = None if attention_mask is None else torch.empty_like(attention_mask, dtype=queries_BHTC.dtype)
-    out_BTHC: Tensor = _FusedAttention.apply(queries_BHTC, keys_BGTC, values_BGTC, bias_B1TT)  # type: ignore[no-untyped-call]
-    return out_BTHC, None
+    keys_BHTC, values_BHTC = (side.repeat_interleave(groups, 1) for side in (keys_BGTC, values_BGTC))
+    bias_B1TT = torch.empty_like(attention_mask, dtype=queries_BHTC.dtype)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    out_BHTC, *_ = efficient(queries_BHTC, keys_BHTC, values_BHTC, bias_B1TT, True)
+    return out_BHTC.transpose(1, 2), None
 
 
 def _mask(*_: Any, attention_mask: Tensor, **__: Any) -> Tensor:

@@ -65,18 +65,8 @@ class ShardContent:
 
     @cached_property
     def blocks(self) -> list[int]:
-        """The blocks whose states are stored.
-
-        Raises:
-            UserError: the model lacks one of them.
-        """
-        count = len(self.run.llm.backbone.blocks)
-        chosen = self.run.config.shards.state_blocks
-        blocks = sorted(set(chosen)) if chosen is not None else list(range(count))
-        if blocks[-1] >= count:
-            problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
-            raise UserError(problem, f"choose from blocks 0 to {count - 1}")
-        return blocks
+        """The blocks whose states are stored; see `Shards.stored_blocks`."""
+        return self.run.config.shards.stored_blocks(len(self.run.llm.backbone.blocks))
 
     @property
     def sidecars(self) -> dict[str, Callable[[], Any]]:

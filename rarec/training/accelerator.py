@@ -121,9 +121,10 @@ def _state(on_gpu: bool) -> PartialState:
     os.environ["DS_ACCELERATOR"] = "cpu"
     if not _launched_with("DEEPSPEED"):
         return PartialState(cpu=True)
-    from rarec.training.zero import load_cpu_op
+    import deepspeed
 
-    load_cpu_op()
+    # DeepSpeed would compile this op for half a minute, and only its inference calls it: gloo reduces in training.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.pop("ACCELERATE_USE_CPU", None)  # if it is set, Accelerate trains without DeepSpeed and gives no warning
     return PartialState(backend="gloo")
 

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -80,7 +79,7 @@ class Engine:
 
 
 class Fsdp2Engine(Engine):
-    """PyTorch's `fully_shard`, over the frozen weights alone: the trainable ones are megabytes."""
+    """PyTorch's `fully_shard`, over the frozen weights alone: the trainable ones, megabytes, are replicated by DDP."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -91,11 +90,6 @@ class Fsdp2Engine(Engine):
         """See `Engine`. Every rank memory-maps the whole file, and keeps its shard."""
         self.refuse_quantised(llm)
         return nullcontext()
-
-    def train(self, model: RaRec, config: Train) -> "Optimisation":
-        """See `Engine`."""
-        self.place(model)
-        return _Averaging(model, model, config, self.world)
 
     def place(self, model: nn.Module) -> None:
         """Shard each block and the rest of the trunk; once, because variants share the backbone."""
@@ -193,22 +187,6 @@ class Optimisation:
 
     def end(self) -> None:
         """Release the model, which keeps its last weights."""
-
-
-class _Averaging(Optimisation):
-    """Averages gradients over the ranks once in each step, in one collective operation."""
-
-    @contextmanager
-    def part(self, last: bool) -> Iterator[None]:
-        yield
-        gradients = [gradient for _, gradient in self.gradients()]
-        if last and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= self.world.size
-            means = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, mean in zip(gradients, means, strict=True):
-                gradient.copy_(mean.view_as(gradient))
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: Train) -> torch.optim.AdamW:

@@ -4,21 +4,14 @@ DeepSpeed's mixed precision stays off: frozen weights have the dtype `llm.dtype`
 every engine, so that engines give the same results. DeepSpeed reads `DS_ACCELERATOR` when it is imported.
 """
 
-import hashlib
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from accelerate.utils import patch_environment
 from deepspeed import utils
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from torch.utils.cpp_extension import get_default_build_root
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from rarec.config.method import Llm
@@ -27,11 +20,7 @@ from rarec.distributed.world import World
 from rarec.errors import UserError
 from rarec.models.build import trained_parameters
 from rarec.models.towers import RaRec
-from rarec.storage.files import locked
 from rarec.training.engines import MOMENTS, Engine, Optimisation, TrainableModule, build_optimizer, set_rate
-
-MARK = "lock"
-"""PyTorch's name of the file by which it marks a directory in which it compiles."""
 
 
 class ZeroEngine(Engine):
@@ -196,49 +185,3 @@ class ZeroOptimisation(Optimisation):
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # the last shards are padded, which DeepSpeed's own setter ignores
         filled = torch.cat([moment.flatten(), moment.new_zeros(size * self.world.size - moment.numel())])
         utils.safe_set_local_optimizer_state(parameter, filled[self.world.rank * size :][:size], kind)
-
-
-def op_directory() -> Path:
-    """Return the directory in which the op is compiled.
-
-    Each environment has its own: its path is in what ninja compares, and two that share a directory would compile anew
-    at each change.
-    """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
-    return Path(root, "rarec", f"{version}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]}")
-
-
-def load_cpu_op() -> None:
-    """Load the op by which DeepSpeed's ranks on one machine reduce through shared memory; compile it if necessary.
-
-    PyTorch marks a directory in which it compiles by a file, and other processes wait until that file is gone: if a
-    process is killed there, every later one waits forever. So ranks compile under a lock that the kernel releases when
-    its process ends, in a directory of rarec's own. A mark found while holding the lock was left by a killed process,
-    and is deleted. Ninja, which decides what is to be compiled, is always the one that came with DeepSpeed: it does not
-    know what another version has compiled, and would compile it again. DeepSpeed then uses the loaded op.
-
-    Raises:
-        UserError: it does not compile, or its directory cannot be created.
-    """
-    import ninja
-
-    op = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if op is None or not op.is_compatible():
-        return
-    directory = op_directory()
-    path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot write to {directory} for DeepSpeed's CPU op: {error.strerror}"
-        raise UserError(problem, "set TORCH_EXTENSIONS_DIR to a directory that you may write to", shared=True) from None
-    with locked(directory / "rarec.lock"), patch_environment(TORCH_EXTENSIONS_DIR=directory, PATH=path):
-        for mark in directory.glob(f"*/{MARK}"):
-            mark.unlink()
-        try:
-            op.load()
-        except RuntimeError as error:
-            causes = [line for line in f"{error}".splitlines() if "error:" in line or "not found" in line]
-            problem = f"DeepSpeed's CPU op does not compile: {causes[0] if causes else error}"
-            raise UserError(problem, "run rarec doctor to see what is missing", shared=True) from None
