@@ -9,7 +9,15 @@ from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
-from rarec.planning.costs import RankMemory, Traffic, rank_memory, step_seconds, step_traffic
+from rarec.planning.costs import (
+    SHIPPED_ZERO,
+    RankMemory,
+    Traffic,
+    ZeroSettings,
+    rank_memory,
+    step_seconds,
+    step_traffic,
+)
 from rarec.planning.meta_model import MetaModel, MetaModelBuilder
 from rarec.planning.setup import (
     REPLICATED,
@@ -33,11 +41,13 @@ class Calculator:
         config: configuration of the run.
         builder: builder of its models.
         samples: samples of its shards; None where there are none yet.
+        zero: DeepSpeed's settings.
     """
 
     config: RunConfig
     builder: MetaModelBuilder
     samples: SampleStats | None = None
+    zero: ZeroSettings = SHIPPED_ZERO
     _cache: dict[Any, Any] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -103,7 +113,7 @@ class Calculator:
 
     def _without_activations(self, variant: str, setup: TrainingSetup) -> RankMemory:
         model = self.meta_model(variant, setup.checkpointing)
-        return rank_memory(model, setup.engine, setup.cluster.world_size, setup.checkpointing)
+        return rank_memory(model, setup.engine, setup.cluster.world_size, setup.checkpointing, self.zero)
 
     def activations(self, variant: str, setup: TrainingSetup) -> Activations:
         """Trace a step with the batch that needs the most memory."""
