@@ -15,11 +15,11 @@ from rarec.cli_bundle import (
     LanguageModel,
     Overrides,
     Trust,
+    clicks,
     items,
     open_bundle,
     realign,
     recommend,
-    report_clicks,
     serve,
 )
 from rarec.console.inert import in_one_line
@@ -119,25 +119,6 @@ def shards(
         run_stage("shards", config, overrides, fresh)
 
 
-def report(
-    config: Annotated[
-        Path, typer.Argument(help="Run configuration, YAML; or: clicks IMPRESSIONS CLICKS", show_default=False)
-    ],
-    overrides: Overrides = None,
-    fresh: Fresh = False,
-    columns: Annotated[str | None, typer.Option(help="Of CLICKS, where they differ: id=answer,item=sku")] = None,
-) -> None:
-    """Write the report of a run, or print the click rates of a service."""
-    if str(config) == "clicks":
-        report_clicks(overrides or [], columns)
-    elif columns:
-        raise UserError(
-            "--columns are those of a table of clicks", "rarec report clicks IMPRESSIONS CLICKS --columns ..."
-        )
-    else:
-        run_stage("report", config, overrides, fresh)
-
-
 def export(
     config: Annotated[Path, typer.Argument(help="Run configuration, YAML; with --to a bundle.", show_default=False)],
     overrides: Overrides = None,
@@ -178,7 +159,7 @@ def _refuse_given(why: str, **options: object) -> None:
             raise UserError(f"rarec export: {shown} {why}", remedy)
 
 
-_OWN: dict[str, Callable[..., None]] = {"shards": shards, "export": export, "report": report}
+_OWN: dict[str, Callable[..., None]] = {"shards": shards, "export": export}
 for _name in STAGES:
     _does = _OWN.get(_name) or _command(_name)
     app.command(_name, help=_help(_name), rich_help_panel=IN_ORDER)(_does)
@@ -259,7 +240,7 @@ def sweep(
             raise typer.Exit(1)
 
 
-for _command_of_a_bundle in (recommend, serve, realign):
+for _command_of_a_bundle in (recommend, serve, clicks, realign):
     app.command(rich_help_panel=OF_A_BUNDLE)(_command_of_a_bundle)
 app.add_typer(items, name="items", rich_help_panel=OF_A_BUNDLE)
 
@@ -331,8 +312,11 @@ def command() -> None:
     if _COMPLETE in os.environ:  # the shell asks for the next word
         app(prog_name=_NAME)
     group = typer.main.get_command(app)
+    arguments = sys.argv[1:] or ["--help"]
+    if arguments[:2] == ["report", "clicks"]:  # another name of `rarec clicks`
+        del arguments[0]
     try:  # not `app()`, which ends Ctrl-C and broken pipes by itself, in silence
-        with group.make_context(_NAME, sys.argv[1:] or ["--help"]) as context:
+        with group.make_context(_NAME, arguments) as context:
             group.invoke(context)
     except typer.Exit as ended:
         sys.exit(ended.exit_code if sys.argv[1:] else EXIT_CODE)

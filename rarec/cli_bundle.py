@@ -184,15 +184,16 @@ def serve(
     server.serve(served, settings, host, port, workers, drain)
 
 
-def report_clicks(words: Sequence[str], columns: str | None) -> None:
-    """Print the click rates of the bundles of a service: `rarec report clicks IMPRESSIONS CLICKS`."""
+def clicks(
+    impressions: Annotated[Path, typer.Argument(help="Folder of `impressions.path` of a service.")],
+    table: Annotated[str, typer.Argument(metavar="CLICKS", help="Clicks on what it has shown: CSV, Parquet, JSONL.")],
+    columns: Annotated[str | None, typer.Option(help="Of CLICKS, where they differ: id=answer,item=sku")] = None,
+) -> None:
+    """Print the click rates of the bundles of a service, and of the places in its lists."""
     from rarec.report.clicks import ROLES, count_clicks, lines
 
-    if len(words) != 2:
-        remedy = "rarec report clicks IMPRESSIONS CLICKS: the folder of `impressions.path`, and a table"
-        raise UserError("rarec report clicks takes two paths", remedy)
     given = _pairs("--columns", columns.split(",") if columns else [], "ROLE=COLUMN", ROLES)
-    for line in lines(count_clicks(Path(words[0]), words[1], given)):
+    for line in lines(count_clicks(impressions, table, given)):
         print(line)
 
 

@@ -119,7 +119,7 @@ def test_commands_and_their_options_exist(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(ROOT / name, "yaml")])
 def test_yaml_blocks_are_valid(name, tmp_path, monkeypatch):
-    from rarec.cluster import load_sweep
+    from rarec.cluster.definition import load_sweep
 
     write_files(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)

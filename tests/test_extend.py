@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import rarec
-from rarec.cluster import load_sweep
+from rarec.cluster.definition import load_sweep
 from rarec.config import RunConfig
 from rarec.config.load import load_config
 from rarec.config.registry import KINDS

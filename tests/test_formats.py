@@ -26,7 +26,7 @@ from rarec.export.approximation import ExactLists
 from rarec.export.graphs import QueryGraph, write_graph
 from rarec.export.onnx_recommender import OnnxRecommender
 from rarec.ranking import EvalBatch, VectorRanker
-from rarec.serve.engines import load_engine
+from rarec.serve.engines import load_recommender
 from rarec.serve.settings import settings_of
 from rarec.storage.artefacts import read_manifest, write_manifest
 from rarec.storage.files import read_json, write_json
@@ -99,7 +99,7 @@ def test_the_client_runs_without_torch_and_rarec(served, recommender, everyone, 
 
 @pytest.mark.slow
 def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, everyone):
-    engine = load_engine(settings_of(served, backend="onnx", threads=1), served)
+    onnx, _ = load_recommender(settings_of(served, backend="onnx", threads=1), served)
     known = recommender.items
     everyone = [*everyone, *([known[row] for row in rows] for rows in sample_histories(recommender.parts, 150))]
     for options in (
@@ -110,11 +110,11 @@ def test_a_service_by_onnx_runtime_answers_as_the_bundle(served, recommender, ev
         {"fallback": "none"},
     ):
         requests = [Request(history, **options) for history in everyone]
-        result, expected = engine.answer(requests), recommender.answer(requests)
-        assert same([answer.items for answer in result], expected.items)
-        assert [answer.unknown for answer in result] == expected.unknown
+        result, expected = onnx.answer(requests), recommender.answer(requests)
+        assert same(result.items, expected.items)
+        assert result.unknown == expected.unknown
     vectors = recommender.query_vectors(everyone[:5])
-    assert np.allclose(engine.vectors(everyone[:5]), vectors, atol=1e-4)
+    assert np.allclose(onnx.query_vectors(everyone[:5]), vectors, atol=1e-4)
 
 
 def assert_same_answers(result, expected) -> None:
@@ -170,14 +170,14 @@ def test_an_export_of_an_earlier_version_recommends_and_says_what_it_lacks(
     write_json(folder / "client.json", facts)
     known = read_manifest(folder, "served")
     write_manifest(folder, "served", settings=known["settings"], made_from=known["made_from"])
-    engine = load_engine(settings_of(folder, backend="onnx", threads=1), folder)
+    onnx, _ = load_recommender(settings_of(folder, backend="onnx", threads=1), folder)
     said = capsys.readouterr().err
     assert all(f"{what} is not offered" in said for what in ("similar", "explain", "compare", "place", "diversify"))
-    assert same(engine.recommender.recommend(everyone[:5]), recommender.recommend(everyone[:5]))
+    assert same(onnx.recommend(everyone[:5]), recommender.recommend(everyone[:5]))
     with pytest.raises(NotOffered, match="rarec export BUNDLE"):
-        engine.recommender.compare(everyone[0])
+        onnx.compare(everyone[0])
     with pytest.raises(NotOffered):
-        engine.recommender.recommend(everyone[:1], diversify=0.5)
+        onnx.recommend(everyone[:1], diversify=0.5)
 
 
 @pytest.mark.slow

@@ -353,7 +353,7 @@ def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monk
         def answer(self, requests: list[Any]) -> list[Any]:
             raise RuntimeError("secret")
 
-    monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: Broken())
+    monkeypatch.setattr("rarec.serve.app.load_recommender", lambda settings, path: (Broken(), "1"))
     app, manager = assemble(lambda: settings_of(bundle))
     manager.load()
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -366,7 +366,7 @@ def test_a_failure_of_the_engine_is_answered_like_any_other_problem(bundle, monk
 
 def test_a_full_service_refuses_early_says_when_to_come_again_and_recovers(bundle, monkeypatch):
     engine = Timed(0.05)
-    monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: engine)
+    monkeypatch.setattr("rarec.serve.app.load_recommender", lambda settings, path: (engine, "1"))
     with served(settings_of(bundle, timeout=1.0, window_ms=0)) as client:
 
         def ask(_: int = 0) -> Any:
@@ -387,7 +387,7 @@ def test_a_full_service_refuses_early_says_when_to_come_again_and_recovers(bundl
 
 def test_a_request_whose_client_has_left_is_not_computed(bundle, monkeypatch):
     engine = Timed(0.2)
-    monkeypatch.setattr("rarec.serve.app.load_engine", lambda settings, path: engine)
+    monkeypatch.setattr("rarec.serve.app.load_recommender", lambda settings, path: (engine, "1"))
     app, manager = assemble(lambda: settings_of(bundle, window_ms=0))
     manager.load()
     statuses = asyncio.run(_ask_and_leave(app, manager.pick(None, "").batcher))
@@ -559,7 +559,7 @@ def test_whatever_goes_wrong_while_settings_are_read_again_they_are_read_again(b
 
 def test_the_end_does_not_wait_for_a_bundle_that_is_being_loaded(bundle, quick, monkeypatch):
     loads = threading.Event()
-    monkeypatch.setattr("rarec.serve.app.load_engine", lambda *_: loads.set() or time.sleep(20) or Slow())
+    monkeypatch.setattr("rarec.serve.app.load_recommender", lambda *_: loads.set() or time.sleep(20) or (Slow(), "1"))
     app, _ = assemble(lambda: settings_of(bundle))
     with TestClient(app):
         assert loads.wait(10)

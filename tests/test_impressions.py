@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rarec.bundle.recommended import Recommended
 from rarec.errors import UserError
 from rarec.report.clicks import click_rate, count_clicks, difference, lines
-from rarec.serve.engines import Answer
+from rarec.serve.batcher import Answer
 from rarec.serve.impressions import Impressions
 from rarec.serve.settings import ImpressionSettings, ServeSettings, read_settings
 from rarec.serve.shadow import overlap_of
@@ -105,11 +105,13 @@ def test_without_the_key_users_cannot_be_joined_and_ids_can(tmp_path):
 def test_the_command_prints_rates_or_one_error(tmp_path):
     shown(tmp_path / "shown", LISTS)
     table = clicks(tmp_path / "clicks.parquet", answer=["4"], sku=["b"])
-    told = run_command(Command(["report", "clicks", "shown", table, "--columns", "id=answer,item=sku"], str(tmp_path)))
-    assert told.code == 0, told.stderr
-    assert "new 1: 100.00%" in told.stdout
-    for words in (["clicks", "one"], ["clicks", "nowhere", table], ["mine.yaml", "--columns", "id=x"]):
-        refused = run_command(Command(["report", *words], str(tmp_path)))
+    words = ["clicks", "shown", table, "--columns", "id=answer,item=sku"]
+    for name in (words, ["report", *words]):
+        told = run_command(Command(name, str(tmp_path)))
+        assert told.code == 0, told.stderr
+        assert "new 1: 100.00%" in told.stdout
+    for words in (["clicks", "one"], ["clicks", "nowhere", table], ["report", "mine.yaml", "--columns", "id=x"]):
+        refused = run_command(Command(words, str(tmp_path)))
         assert (refused.code, refused.stderr.count("error: ")) == (2, 1), refused.stderr
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.cluster import SweepRun, load_sweep
+from rarec.cluster.definition import SweepRun, load_sweep
 from rarec.config import dump_config
 from rarec.errors import UserError
 from rarec.evaluation.rows import comparison_rows, metric_rows

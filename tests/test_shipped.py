@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rarec.cluster import load_sweep
+from rarec.cluster.definition import load_sweep
 from rarec.cluster.slurm import submit
 from rarec.config.shipped import shipped_file, shipped_files
 from rarec.errors import UserError

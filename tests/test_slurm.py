@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rarec.cluster import load_sweep, state_of
+from rarec.cluster.definition import load_sweep, state_of
 from rarec.stages.run import Run
 from tests.conftest import make_world
 from tests.ranks import ROOT, VARIANT, copied, finish, losses, weights

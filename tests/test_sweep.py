@@ -8,8 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from rarec.cluster import load_sweep, state_of
-from rarec.cluster.definition import StageName
+from rarec.cluster.definition import StageName, load_sweep, state_of
 from rarec.cluster.local import LOG, last_message
 from rarec.config import load_config
 from rarec.config.load import format_override, parse_override

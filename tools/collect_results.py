@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rarec.cluster import Sweep, SweepRun, first_to_do
+from rarec.cluster.definition import Sweep, SweepRun, first_to_do
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.evaluation.results import HEADLINE

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rarec.cluster import load_sweep
+from rarec.cluster.definition import load_sweep
 from rarec.console.last_resort import guarded
 from rarec.errors import UserError
 from rarec.evaluation.results import FUSED, ID_ONLY, MINUS

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from rarec.cluster import SweepRun
+from rarec.cluster.definition import SweepRun
 from rarec.errors import UserError
 from rarec.evaluation.results import FUSED, HEADLINE, ID_ONLY, SANITY_GROUP, variant_group, variant_order
 from rarec.ranking.metrics import Floats, mean_intervals, metric_values

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rarec.cluster.definition import Sweep, SweepRun, first_to_do, state_of
@@ -22,9 +22,8 @@ LOG = "sweep.log"
 HEAD = "\n$ rarec "
 """What precedes each command in it."""
 _LOCK = ".sweep.lock"
-_POLL_SECONDS = 0.1
-_STATE_SECONDS = 1
-"""Seconds between looks at the stage of the current run, and for a signal."""
+_STATE_SECONDS = 0.5
+"""Seconds between looks at the stage of the current run, at its lock, and for a signal."""
 _PR_SET_PDEATHSIG = 1
 Say = Callable[[str], None]
 
@@ -88,20 +87,14 @@ def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Say)
             while process.poll() is None:
                 _raise_if_stopped(signals)
                 show(f"{run.label}  {first_to_do(run.config, sweep.stages) or sweep.stages[-1]}  {_since(started)}")
-                _wait(process, signals)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_STATE_SECONDS)
         except (KeyboardInterrupt, Stopped):
             _terminate(process)
             raise
         state, stage = state_of(run, sweep.stages)
         say(f"{run.label}  {stage}  {_since(started)}  {'done' if state == 'done' else 'failed'}")
     return None if state == "done" else f"{_describe_exit(process.returncode)}: {last_message(run.directory / LOG)}"
-
-
-def _wait(process: "subprocess.Popen[bytes]", signals: StopSignals) -> None:
-    """Wait until the process ends, a signal comes, or it is time to look at the run's stage again."""
-    until = time.monotonic() + _STATE_SECONDS
-    while process.poll() is None and not signals.received and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
 
 
 def _since(started: float) -> str:
@@ -118,7 +111,7 @@ def _locked(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
                 say(f"{run.label}: waiting for another process that works on this run")
             is_reported = True
             _raise_if_stopped(signals)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_STATE_SECONDS)
         yield lock
 
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -34,7 +34,7 @@ AGAIN = 1.0
 """Seconds after which a second Ctrl-C interrupts the cleaning up as well."""
 MOST_RANKS = 100_000
 """More processes than any machine runs: such a number is a mistake, and waiting for them all would never end."""
-_LIMITS = {"RANK": MOST_RANKS - 1, "LOCAL_RANK": MOST_RANKS - 1, "WORLD_SIZE": MOST_RANKS, "MASTER_PORT": 65_535}
+_LAST_PORT = 65_535
 CRASH = "crash.txt"
 """File in `run.dir`; other ranks than 0 add their number."""
 _LESS_MEMORY = (
@@ -178,29 +178,23 @@ def _report(error: BaseException) -> int:
     # Errors of destructors and of Python's shutdown follow from the error that is reported.
     sys.unraisablehook = lambda _: None  # until `inert_streams` ends
     atexit.register(lambda: setattr(sys, "stderr", None))
+    own_rank = 0
+    with suppress(UserError):  # the variable that holds it may be what is wrong
+        own_rank = rank()
     if isinstance(error, OutputClosed):
         return SIGNALLED + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt | Terminated | Stopped):
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        if _rank() == 0:
+        if own_rank == 0:
             print_from_any_rank(f"{reason}; run the same command to resume")
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         return 0 if isinstance(error, Stopped) else SIGNALLED + number
     starved = any(text in str(error) for text in STARVED)
     message = str(error) if isinstance(error, UserError) and not starved else machine_trouble(error)
-    own_rank = _rank()
     if own_rank == 0 or not getattr(error, "shared", False):
-        line = message or crash_line(error, **crash_context, rank=own_rank)
+        line = message or _crash_line(error, own_rank)
         print_from_any_rank(f"error: rank {own_rank}: {line}" if own_rank else f"error: {line}")
     return EXIT_CODE if message else CRASHED
-
-
-def _rank() -> int:
-    """Return this process's rank; 0 if the variable that holds it makes no sense, which is the error to report."""
-    try:
-        return rank()
-    except UserError:
-        return 0
 
 
 # ---- errors of the machine, and reports of errors of the program, whose traceback goes into a file
@@ -226,35 +220,22 @@ def machine_trouble(error: BaseException) -> str | None:
     return None
 
 
-def crash_line(
-    error: BaseException, *, configuration: Path | None = None, directory: Path | None = None, rank: int = 0
-) -> str:
-    """Write the traceback of an error to a file; return the line for the user.
-
-    Args:
-        error: what was raised.
-        configuration: the file of the run's configuration, if one was read.
-        directory: `run.dir`, if it is known.
-        rank: this process.
-    """
+def _crash_line(error: BaseException, rank: int) -> str:
+    """Write the traceback of an error to a file; return the line for the user."""
     stage = _stage(error)
     reason = in_short(f"{type(error).__name__}: {error}".strip(": ").replace("\n", " "))
     # PyTorch and Arrow have errors of their own for a lack of memory.
     in_need = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or _NO_MEMORY in str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    report = _crash_report(error, stage, configuration)
+    head = f"version: {__version__}\ncommand: {shlex.join(map(redacted, sys.argv))}\nstage: {stage}\n"
+    head += f"configuration: {crash_context.get('configuration', 'none')}\n\n"
+    report = _FIRST_LINE + redacted(head + "".join(traceback.format_exception(error)))
     _free(error)  # what the failed frames hold: memory and open files, which writing needs
-    path = _write(report, directory, f"crash-rank{rank}.txt" if rank else CRASH)
+    path = _write(report, f"crash-rank{rank}.txt" if rank else CRASH)
     raised = f"raised in {place.filename}, line {place.lineno}; its traceback cannot be written"
     where = f"the traceback is in {path}" if path else raised
     remedy = _LESS_MEMORY if in_need else "run the same command to resume; if it fails again, report it with this"
     return f"{stage}: {reason} ({where}) -> {remedy}"
-
-
-def _crash_report(error: BaseException, stage: str, configuration: Path | None) -> str:
-    head = f"version: {__version__}\ncommand: {shlex.join(map(redacted, sys.argv))}\nstage: {stage}\n"
-    head += f"configuration: {configuration or 'none'}\n\n"
-    return _FIRST_LINE + redacted(head + "".join(traceback.format_exception(error)))
 
 
 def _stage(error: BaseException) -> str:
@@ -273,10 +254,12 @@ def _free(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _write(report: str, directory: Path | None, name: str) -> Path | None:
+def _write(report: str, name: str) -> Path | None:
     """Write the report to `run.dir`, or else to a temporary file; return the path, None if neither can be written."""
-    temporary = Path(tempfile.gettempdir(), f"rarec-crash-{os.getpid()}.txt")
-    for path in [directory / name, temporary] if directory else [temporary]:
+    paths = [Path(tempfile.gettempdir(), f"rarec-crash-{os.getpid()}.txt")]
+    if "directory" in crash_context:
+        paths.insert(0, crash_context["directory"] / name)
+    for path in paths:
         try:  # a file of the user's with that name stays
             own = not os.path.lexists(path) or path.read_text(errors="replace").startswith(_FIRST_LINE)
             if own and path.parent.is_dir():
@@ -296,7 +279,7 @@ def rank() -> int:
     Raises:
         UserError: the variable holds no rank.
     """
-    return _number("RANK", 0)
+    return _number("RANK", 0, MOST_RANKS - 1)
 
 
 def world_size() -> int:
@@ -305,7 +288,7 @@ def world_size() -> int:
     Raises:
         UserError: the variable holds no such number.
     """
-    return _number("WORLD_SIZE", 1)
+    return _number("WORLD_SIZE", 1, MOST_RANKS)
 
 
 def check_launcher() -> None:
@@ -314,16 +297,16 @@ def check_launcher() -> None:
     Raises:
         UserError: naming the variable that makes no sense.
     """
-    _number("MASTER_PORT", 0)
+    _number("MASTER_PORT", 0, _LAST_PORT)
     for name in ("RANK", "LOCAL_RANK"):
-        if _number(name, 0) >= world_size():
+        if _number(name, 0, MOST_RANKS - 1) >= world_size():
             raise _refusal(name, f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set, which means 1')}")
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str, default: int, most: int) -> int:
     text = os.environ.get(name, str(default))
-    if not re.fullmatch("0|[1-9][0-9]{0,9}", text) or int(text) > _LIMITS[name]:
-        raise _refusal(name, f"it must be a number from 0 to {_LIMITS[name]:,}")
+    if not re.fullmatch("0|[1-9][0-9]{0,9}", text) or int(text) > most:
+        raise _refusal(name, f"it must be a number from 0 to {most:,}")
     return int(text)
 
 

@@ -1,6 +1,7 @@
 """The application: `create` is an ASGI factory for `rarec serve`, gunicorn, Ray Serve or any other server."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -9,20 +10,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Response, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as Incoming
 from starlette.responses import JSONResponse
 
 from rarec.bundle.recommended import Request
 from rarec.errors import UserError
 from rarec.serve import schemas
-from rarec.serve.batcher import Closed
+from rarec.serve.batcher import Closed, Late
 from rarec.serve.bundle_manager import BundleManager, Loaded
-from rarec.serve.engines import load_engine
+from rarec.serve.engines import load_recommender
 from rarec.serve.guard import Guard
 from rarec.serve.impressions import Impressions
-from rarec.serve.replies import REFUSED, Reply, fail, refuse, result_of
+from rarec.serve.refusals import Refused, refuse
 from rarec.serve.settings import ServeSettings, settings_of_environment
 from rarec.serve.shadow import Shadow
 from rarec.serve.telemetry import Metrics
@@ -37,15 +40,8 @@ FILES = {
 FOUND = 20
 """Largest number of items that a search for titles returns, unless the client says otherwise."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.Problem, "description": text}
-    for status, text in {
-        401: "a token is needed", 404: "no such bundle", 413: "too large", 421: "not by this name",
-        422: "a field is wrong", 429: "too often",
-        501: "not with this backend", 503: "busy, or not ready; try again after Retry-After seconds",
-    }.items()
-}  # fmt: skip
-
-
+    status: {"model": schemas.Problem} for status in (401, 404, 413, 421, 422, 429, 501, 503)
+}
 TOKEN = Security(HTTPBearer(scheme_name="token", auto_error=False, description="One of `tokens`, where there are any."))
 """For the description alone: `Guard` checks it."""
 
@@ -69,7 +65,7 @@ def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tup
         UserError: the settings are wrong.
     """
     metrics = Metrics()
-    manager = BundleManager(read, load_engine, metrics)
+    manager = BundleManager(read, load_recommender, metrics)
     settings = manager.settings.impressions
     impressions = Impressions(settings, metrics) if settings else None
 
@@ -85,9 +81,8 @@ def assemble(read: Callable[[], ServeSettings] = settings_of_environment) -> tup
 
     app = FastAPI(title="rarec", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False  # a redirect leads to whatever host the client names
-    app.add_exception_handler(Exception, fail)
-    for kind, refusal in REFUSED.items():
-        app.add_exception_handler(kind, partial(refuse, refusal))
+    for kind in (HTTPException, RequestValidationError, UserError, Exception):
+        app.add_exception_handler(kind, refuse)
     Service(manager, metrics, impressions).add_to(app)
     guard = Guard(app, manager, metrics)
     return guard, manager
@@ -133,41 +128,48 @@ class Service:
         """Return the best items for each history."""
         options = request.model_dump(exclude={"histories", "bundle", "user"})
         requests = [Request(history, **options) for history in request.histories]
-        reply = await self._ask(incoming, request, lambda loaded, end: loaded.batcher.answer(requests, end))
-        self._shadow.ask(reply.loaded, requests, reply.result)
+        answers, loaded, source = await self._ask(
+            incoming, request, lambda loaded, end: loaded.batcher.answer(requests, end)
+        )
+        self._shadow.ask(loaded, requests, answers)
         if self._impressions:
-            self._impressions.add(reply.source, request.user, reply.result, schemas.rules(request))
-        unknown = reply.result[0].unknown_in_rules  # all users have the same rules
-        return schemas.Recommended(results=reply.result, unknown_in_rules=unknown, **reply.source)
+            self._impressions.add(source, request.user, answers, schemas.rules(request))
+        unknown = answers[0].unknown_in_rules  # all users have the same rules
+        return schemas.Recommended(results=answers, unknown_in_rules=unknown, **source)
 
     async def vectors(self, incoming: Incoming, request: schemas.VectorsRequest) -> schemas.Vectors:
         """Return the query vector of each history: what an index of the item vectors is searched with."""
-        reply = await self._call(incoming, request, lambda bundle: bundle.engine.vectors(request.histories))
-        return schemas.Vectors(vectors=reply.result, **reply.source)
+        histories = request.histories
+        vectors, source = await self._call(
+            incoming, request, lambda bundle: bundle.recommender.query_vectors(histories)
+        )
+        return schemas.Vectors(vectors=vectors.tolist(), **source)
 
     async def similar(self, incoming: Incoming, request: schemas.SimilarRequest) -> schemas.Items:
         """Return the items that are most like one."""
         item, k = request.item, request.k
-        reply = await self._call(incoming, request, lambda bundle: bundle.engine.recommender.similar(item, k))
-        return schemas.Items(items=reply.result, **reply.source)
+        items, source = await self._call(incoming, request, lambda bundle: bundle.recommender.similar(item, k))
+        return schemas.Items(items=items, **source)
 
     async def place(self, incoming: Incoming, request: schemas.PlaceRequest) -> schemas.Placed:
         """Return where an item that is not in the catalogue would stand in a user's ranking."""
         new = request.history, request.title, request.text, request.k
-        reply = await self._call(incoming, request, lambda bundle: bundle.engine.recommender.place(*new))
-        return schemas.Placed(**vars(reply.result), **reply.source)
+        place, source = await self._call(incoming, request, lambda bundle: bundle.recommender.place(*new))
+        return schemas.Placed(**vars(place), **source)
 
     async def explain(self, incoming: Incoming, request: schemas.ExplainRequest) -> schemas.Explained:
         """Return the evidence for an item after a history: each part's share of its score, the nearest items."""
         history, item = request.history, request.item
-        reply = await self._call(incoming, request, lambda bundle: bundle.engine.recommender.explain(history, item))
-        return schemas.Explained(**vars(reply.result), **reply.source)
+        evidence, source = await self._call(incoming, request, lambda bundle: bundle.recommender.explain(history, item))
+        return schemas.Explained(**vars(evidence), **source)
 
     async def compare(self, incoming: Incoming, request: schemas.CompareRequest) -> schemas.Compared:
         """Return the best items by each part of the recommender alone."""
         history, k = request.history, request.k
-        reply = await self._call(incoming, request, lambda bundle: bundle.engine.recommender.compare(history, k))
-        return schemas.Compared(row=reply.loaded.engine.row, parts=reply.result, **reply.source)
+        (row, parts), source = await self._call(
+            incoming, request, lambda bundle: (bundle.recommender.row, bundle.recommender.compare(history, k))
+        )
+        return schemas.Compared(row=row, parts=parts, **source)
 
     async def items(
         self,
@@ -179,14 +181,18 @@ class Service:
     ) -> schemas.FoundItems:
         """Return items whose titles hold all words of a query."""
         request = schemas.BaseRequest(bundle=bundle, user=user)
-        return _found(await self._call(incoming, request, lambda loaded: loaded.find(query, limit)))
+        items, source = await self._call(incoming, request, lambda bundle: _found(bundle, bundle.find(query, limit)))
+        return schemas.FoundItems(items=items, **source)
 
     async def sample(
         self, incoming: Incoming, user: Annotated[str | None, Query(max_length=200)] = None
     ) -> schemas.FoundItems:
         """Return the history of a user who might be: items that are bought together."""
         request = schemas.BaseRequest(user=user)
-        return _found(await self._call(incoming, request, lambda bundle: bundle.engine.recommender.sample_user()))
+        items, source = await self._call(
+            incoming, request, lambda bundle: _found(bundle, bundle.recommender.sample_user())
+        )
+        return schemas.FoundItems(items=items, **source)
 
     async def bundles(self) -> dict[str, Any]:
         """Return what is served: names, rows, versions, shares."""
@@ -210,17 +216,20 @@ class Service:
         self._metrics.waiting.set(self._manager.waiting)
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _call(self, incoming: Incoming, request: schemas.BaseRequest, work: Callable[[Loaded], Any]) -> Reply:
-        """Have a bundle work for the users of a request."""
+    async def _call(
+        self, incoming: Incoming, request: schemas.BaseRequest, work: Callable[[Loaded], Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Have a bundle work for the users of a request; return the result, and what every answer says of itself."""
         users = len(request.all_histories)
-        return await self._ask(
+        result, _, source = await self._ask(
             incoming, request, lambda loaded, end: loaded.batcher.call(partial(work, loaded), end, users)
         )
+        return result, source
 
     async def _ask(
         self, incoming: Incoming, request: schemas.BaseRequest, submit: Callable[[Loaded, float], "Future[Any]"]
-    ) -> Reply:
-        """Submit a request that is within the limits, and its deadline; return the result: all is from one bundle."""
+    ) -> tuple[Any, Loaded, dict[str, Any]]:
+        """Submit a request, with its deadline; return the result, the bundle, and what every answer says of itself."""
         self._check(request)
         note, deadline = incoming.scope["rarec"], incoming.scope["rarec.deadline"]
         note["users"] = len(request.all_histories)
@@ -232,7 +241,8 @@ class Service:
             except Closed:  # another bundle has just taken its place
                 await asyncio.sleep(0)
         note |= loaded.source
-        return Reply(note["id"], loaded, await result_of(incoming, loaded, future, deadline))
+        result = await _result_of(incoming, loaded, future, deadline)
+        return result, loaded, {"id": note["id"], **loaded.source}
 
     def _check(self, request: schemas.BaseRequest) -> None:
         """Refuse what is beyond the limits of the settings."""
@@ -247,10 +257,29 @@ class Service:
                 raise UserError(f"{what}: {value:,}, more than {most:,}", "ask for less at a time")
 
 
-def _found(reply: Reply) -> schemas.FoundItems:
-    engine = reply.loaded.engine
-    items = [schemas.Found(item=engine.ids[row], title=engine.titles[row]) for row in reply.result]
-    return schemas.FoundItems(items=items, **reply.source)
+async def _result_of(incoming: Incoming, loaded: Loaded, future: "Future[Any]", deadline: float) -> Any:
+    """Return the result of a job, which ends with its deadline, or when its client leaves."""
+    result, left = asyncio.wrap_future(future), asyncio.ensure_future(_client_left(incoming))
+    try:
+        await asyncio.wait({result, left}, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+        if left.done():
+            raise Refused(499, "the client has left", "wait for the answer", "client_left")
+        raise Late(loaded.batcher.backlog)
+    finally:
+        result.cancel()
+        left.cancel()
+
+
+async def _client_left(incoming: Incoming) -> None:
+    while (await incoming.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _found(loaded: Loaded, rows: list[int]) -> list[schemas.Found]:
+    ids, titles = loaded.recommender.items, loaded.recommender.catalogue.titles
+    return [schemas.Found(item=ids[row], title=titles[row]) for row in rows]
 
 
 def _page(file: Path, kind: str) -> Callable[[], Any]:

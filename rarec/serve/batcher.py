@@ -1,6 +1,6 @@
-"""The thread that runs an engine, and what waits for it: as much as can be answered in time.
+"""The thread that runs a recommender, and what waits for it: as much as can be answered in time.
 
-Requests that wait together share a pass of the model; no two calls of an engine overlap. The queue is bounded by time:
+Requests that wait together share a pass of the model; no two calls overlap. The queue is bounded by time:
 what cannot be answered before its deadline, by the measured pace, is refused when it comes, and what has come too late
 or has lost its client is not computed.
 """
@@ -15,17 +15,27 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from rarec.bundle.recommended import Request
-from rarec.serve.engines import Answer, Engine
+from rarec.bundle.base_recommender import BaseRecommender
+from rarec.bundle.recommended import Id, Recommended, Request
+from rarec.serve.refusals import BUSY, Refused
 
 SHARE = 0.25
 """Share of the time left to a request that may be taken up before it, and again by the pass that it starts. The rest is
 for what no pace foresees: later requests in its pass, and a processor that others use."""
 KEPT = 0.5
 """Weight of the passes so far in the measured pace, beside the last one."""
+Observe = Callable[[int, list[float], float], None]
 
 
-class Busy(Exception):
+class Answer(NamedTuple):
+    """What one user gets: items, best first; how many ids of the history are unknown, and which ids of the rules."""
+
+    items: list[Recommended]
+    unknown: int
+    unknown_in_rules: Sequence[Id] = ()
+
+
+class Busy(Refused):
     """There is no time left for a request.
 
     Args:
@@ -33,29 +43,19 @@ class Busy(Exception):
     """
 
     def __init__(self, seconds: float) -> None:
+        super().__init__(503, "too many requests wait", BUSY, "queue", seconds)
         self.seconds = seconds
 
 
-class Late(Busy):
-    """A request has waited until there was no time left for it."""
+class Late(Refused):
+    """A request has waited until there was no time left for it. `seconds` as in `Busy`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(503, "no answer in time", BUSY, "late", seconds)
 
 
 class Closed(Exception):
     """Another bundle has taken the place of this one."""
-
-
-class Pass(NamedTuple):
-    """One call of an engine.
-
-    Attributes:
-        users: whom it answers.
-        waited: seconds that each of its requests has waited.
-        seconds: that it took.
-    """
-
-    users: int
-    waited: list[float]
-    seconds: float
 
 
 @dataclass
@@ -72,19 +72,17 @@ class _Job:
 
 
 class Batcher:
-    """Runs an engine in a thread of its own. Deadlines are moments of `time.monotonic`.
+    """Runs a recommender in a thread of its own. Deadlines are moments of `time.monotonic`.
 
     Args:
-        engine: of a bundle.
+        recommender: of a bundle.
         most: users of a pass of the model.
         window: seconds that a request waits for others.
-        observe: is told of each pass.
+        observe: gets of each pass the number of users, the seconds that each request has waited, seconds that it took.
     """
 
-    def __init__(
-        self, engine: Engine, most: int, window: float, observe: Callable[[Pass], None] = lambda done: None
-    ) -> None:
-        self.engine, self._most, self._window, self._observe = engine, most, window, observe
+    def __init__(self, recommender: BaseRecommender, most: int, window: float, observe: Observe | None = None) -> None:
+        self._recommender, self._most, self._window, self._observe = recommender, most, window, observe
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._waiting = 0
@@ -130,7 +128,7 @@ class Batcher:
         return self._submit(_Job(requests, None, len(requests), deadline))
 
     def call(self, function: Callable[[], Any], deadline: float, users: int = 1) -> "Future[Any]":
-        """Return the future result of a call of the engine for a number of users. Raises as `answer` does."""
+        """Return the future result of a call that runs alone, for a number of users. Raises as `answer` does."""
         return self._submit(_Job((), function, users, deadline))
 
     def close(self) -> None:
@@ -167,14 +165,13 @@ class Batcher:
         while (jobs := self._next()) is not None:
             if jobs:
                 started, users = time.monotonic(), sum(job.users for job in jobs)
-                _finish(jobs, self.engine)
-                self._note(Pass(users, [started - job.came for job in jobs], time.monotonic() - started))
-
-    def _note(self, done: Pass) -> None:
-        self._users = KEPT * self._users + done.users
-        self._seconds = KEPT * self._seconds + done.seconds
-        self._running = None
-        self._observe(done)
+                _finish(jobs, self._recommender)
+                seconds = time.monotonic() - started
+                self._users = KEPT * self._users + users
+                self._seconds = KEPT * self._seconds + seconds
+                self._running = None
+                if self._observe:
+                    self._observe(users, [started - job.came for job in jobs], seconds)
 
     def _next(self) -> list[_Job] | None:
         """Return the jobs of the next pass, none if all that waited have gone or come too late; None at the end."""
@@ -219,20 +216,21 @@ class Batcher:
         return not late
 
 
-def _finish(jobs: list[_Job], engine: Engine) -> None:
+def _finish(jobs: list[_Job], recommender: BaseRecommender) -> None:
     """Set the results of jobs; where one of several fails, each is run alone, so that no caller pays for another."""
     try:
         if jobs[0].call:
             results = [jobs[0].call()]
         else:
-            answers = iter(engine.answer([request for job in jobs for request in job.requests]))
+            of_all = recommender.answer([request for job in jobs for request in job.requests])
+            answers = map(Answer, of_all.items, of_all.unknown, of_all.unknown_in_rules)
             results = [list(islice(answers, job.users)) for job in jobs]
     except BaseException as error:
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)
         else:
             for job in jobs:
-                _finish([job], engine)
+                _finish([job], recommender)
         return
     for job, result in zip(jobs, results, strict=True):
         with suppress(Exception):  # the caller has gone

@@ -15,11 +15,11 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+from rarec.bundle.base_recommender import BaseRecommender
 from rarec.errors import UserError
 from rarec.serve.batcher import Batcher
-from rarec.serve.engines import Engine
-from rarec.serve.guard import read_tokens
-from rarec.serve.settings import ServedBundle, ServeSettings
+from rarec.serve.refusals import BUSY, Refused
+from rarec.serve.settings import ServedBundle, ServeSettings, read_tokens
 from rarec.serve.telemetry import Metrics
 from rarec.storage.artefacts import MANIFEST
 
@@ -27,16 +27,11 @@ LOOK_EVERY = 1.0
 """Seconds between two looks at the disk."""
 RETRY_AFTER = 30.0
 """Seconds after which a bundle that could not be loaded is tried again."""
+LOADING = 5.0
+"""Seconds after which a bundle that is not loaded yet may be."""
+Load = Callable[[ServeSettings, Path], tuple[BaseRecommender, str]]
 Stamp = tuple[str, int, int, int]
 """Path of a manifest without links, inode, time in nanoseconds and size: another bundle has another one."""
-
-
-class Unavailable(Exception):
-    """No bundle is loaded yet."""
-
-
-class Unknown(Exception):
-    """There is no bundle of this name."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +40,19 @@ class Loaded:
 
     Attributes:
         name: in the settings.
+        recommender: over it.
+        version: hash of its manifest.
         stamp: of its manifest when it was read.
         batcher: runs it.
         folded: titles of the catalogue, without case, to search.
     """
 
     name: str
+    recommender: BaseRecommender
+    version: str
     stamp: Stamp
     batcher: Batcher
     folded: list[str]
-
-    @property
-    def engine(self) -> Engine:
-        """Return the engine that answers."""
-        return self.batcher.engine
 
     def find(self, query: str, most: int) -> list[int]:
         """Return rows of items whose titles hold all words of a query."""
@@ -69,7 +63,7 @@ class Loaded:
     @property
     def source(self) -> dict[str, Any]:
         """Return what an answer says of the bundle that gave it."""
-        return {"bundle": self.name, "version": self.engine.version[:12]}
+        return {"bundle": self.name, "version": self.version[:12]}
 
 
 class BundleManager:
@@ -77,13 +71,11 @@ class BundleManager:
 
     Args:
         settings: reads the settings, again at each look at the disk.
-        load: opens a bundle's engine.
+        load: opens a bundle's recommender, and returns it with the bundle's version.
         metrics: of the process: they count passes of the models, and what was loaded or could not be.
     """
 
-    def __init__(
-        self, settings: Callable[[], ServeSettings], load: Callable[[ServeSettings, Path], Engine], metrics: Metrics
-    ) -> None:
+    def __init__(self, settings: Callable[[], ServeSettings], load: Load, metrics: Metrics) -> None:
         self._read, self._load, self._metrics = settings, load, metrics
         self._refresh_settings()
         self._complete = False
@@ -104,11 +96,9 @@ class BundleManager:
             UserError: one cannot be loaded.
         """
         for name, bundle in self.settings.bundles.items():
-            try:
-                self._refresh(name, bundle)
-            except Exception as error:
-                self._note(name, error)
-                raise
+            error = self._attempt(name, partial(self._refresh, name, bundle))
+            if error:
+                raise error
         self._complete = True
 
     def close(self) -> None:
@@ -122,16 +112,16 @@ class BundleManager:
         """Return the bundle of a request: by name, or by the user's share, always the same one for a user.
 
         Raises:
-            Unknown: there is no such name.
-            Unavailable: it is not loaded yet.
+            Refused: there is no such name, or it is not loaded yet.
         """
         loaded, bundles = self._loaded, self.settings.bundles
         if name is not None and name not in bundles:
-            raise Unknown(name)
+            raise Refused(404, f"there is no bundle {name!r}", "see /v1/bundles", "not_found")
         shares = {other: bundle.share for other, bundle in bundles.items() if other in loaded}
         wanted = name if name is not None else _by_share(shares or dict.fromkeys(loaded, 1.0), user)
         if wanted not in loaded:
-            raise Unavailable(wanted or next(iter(bundles)))
+            missing = wanted or next(iter(bundles))
+            raise Refused(503, f"bundle {missing!r} is not loaded", BUSY, "not_loaded", LOADING)
         return loaded[wanted]
 
     def state(self) -> dict[str, Any]:
@@ -142,8 +132,8 @@ class BundleManager:
         loaded = self._loaded.get(name)
         return {
             "loaded": loaded is not None and loaded.batcher.alive,
-            "version": loaded.engine.version if loaded else None,
-            "row": loaded.engine.row if loaded else None,
+            "version": loaded.version if loaded else None,
+            "row": loaded.recommender.row if loaded else None,
             "share": share,
             "trouble": self._troubles.get(name),
         }
@@ -181,21 +171,18 @@ class BundleManager:
                 self._retire()
             self._end.wait(LOOK_EVERY)
 
-    def _attempt(self, name: str, work: Callable[[], None]) -> None:
-        """Do what may fail: what is wrong is noted by name, and whatever it is, this thread goes on."""
+    def _attempt(self, name: str, work: Callable[[], None]) -> Exception | None:
+        """Do what may fail, and return how: it is noted by name, and logged once."""
         try:
             work()
         except Exception as error:
-            self._note(name, error)
-        else:
-            self._troubles.pop(name, None)
-
-    def _note(self, name: str, error: Exception) -> None:
-        """Note what is wrong with a bundle, and log it once."""
-        message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
-        if self._troubles.get(name) != message:
-            self._troubles[name] = message
-            self._metrics.bundle("refused", f"{name}: {message}")
+            message = f"{error.problem} -> {error.remedy}" if isinstance(error, UserError) else repr(error)
+            if self._troubles.get(name) != message:
+                self._troubles[name] = message
+                self._metrics.bundle("refused", f"{name}: {message}")
+            return error
+        self._troubles.pop(name, None)
+        return None
 
     def _refresh_settings(self) -> None:
         settings = self._read()
@@ -226,21 +213,21 @@ class BundleManager:
             raise
         self._tried.pop(name, None)
         self._loaded = {**self._loaded, name: loaded}
-        engine = loaded.engine
         if serving:
             self._metrics.serves.labels(*serving.source.values()).set(0)
         self._metrics.serves.labels(*loaded.source.values()).set(1)
-        self._metrics.bundle("loaded", f"{name}: {engine.row}, version {engine.version[:12]}, from {bundle.path}")
+        facts = f"{loaded.recommender.row}, version {loaded.version[:12]}, from {bundle.path}"
+        self._metrics.bundle("loaded", f"{name}: {facts}")
         if serving:
             serving.batcher.close()
 
     def _open(self, name: str, bundle: ServedBundle, stamp: Stamp) -> Loaded:
         settings = self.settings
-        engine = self._load(settings, Path(bundle.path))
-        folded = [title.casefold() for title in engine.titles]
-        observe = self._metrics.observer(name, engine.version[:12])
-        batcher = Batcher(engine, settings.max_batch, settings.window_ms / 1000, observe)
-        return Loaded(name, stamp, batcher, folded)
+        recommender, version = self._load(settings, Path(bundle.path))
+        folded = [title.casefold() for title in recommender.catalogue.titles]
+        observe = self._metrics.observer(name, version[:12])
+        batcher = Batcher(recommender, settings.max_batch, settings.window_ms / 1000, observe)
+        return Loaded(name, recommender, version, stamp, batcher, folded)
 
     def _retire(self) -> None:
         """Let go of bundles that the settings name no more."""

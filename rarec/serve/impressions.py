@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rarec.errors import UserError
-from rarec.serve.engines import Answer
+from rarec.serve.batcher import Answer
 from rarec.serve.settings import ImpressionSettings
 from rarec.serve.telemetry import Metrics, event
 from rarec.storage.files import atomic_write

@@ -19,27 +19,18 @@ ItemId = Annotated[
 ]
 History = Annotated[list[ItemId], Field(description="Ids of items, oldest first.", examples=[["sku-1", "sku-7"]])]
 K = Annotated[StrictInt, Field(ge=1, le=100_000, description="Number of items.")]
-_BUNDLE = "Name of the bundle that answers; by default by share."
 BUNDLE_NAME = "^[A-Za-z0-9._-]*$"
-Bundle = Annotated[StrictStr | None, Field(max_length=40, pattern=BUNDLE_NAME, description=_BUNDLE)]
-_USER = "Any key of the user: the same key gets the same bundle. It is not stored or logged."
-User = Annotated[Text | None, Field(description=_USER)]
-
-
-_WHERE = (
-    "Only items for which this condition on columns is true: `in_stock = true and category in ('lamps', 'chairs')`."
-)
-_DIVERSIFY = "How much the likeness of items within a list counts against them."
-_FALLBACK = "What an empty history gets, and what fills a list that the model leaves short."
 
 
 class BaseRequest(BaseModel):
     """The fields of every request."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    bundle: Bundle = None
-    user: User = None
+    bundle: Annotated[StrictStr | None, Field(max_length=40, pattern=BUNDLE_NAME)] = None
+    """Name of the bundle that answers; by default by share."""
+    user: Text | None = None
+    """Any key of the user: the same key gets the same bundle. It is not stored or logged."""
 
     @property
     def all_histories(self) -> list[list[Id]]:
@@ -51,7 +42,8 @@ class BaseRequest(BaseModel):
 class VectorsRequest(BaseRequest):
     """`POST /v1/users/vector`."""
 
-    histories: Annotated[list[History], Field(min_length=1, description="One for each user.")]
+    histories: Annotated[list[History], Field(min_length=1)]
+    """One for each user."""
 
 
 class RecommendRequest(VectorsRequest):
@@ -59,11 +51,16 @@ class RecommendRequest(VectorsRequest):
 
     k: K = 10
     exclude_seen: StrictBool = True
-    allow: Annotated[list[ItemId] | None, Field(description="The only items that may be returned.")] = None
-    deny: Annotated[list[ItemId], Field(description="Items that may not be returned.")] = []
-    where: Annotated[StrictStr | None, Field(max_length=10_000, description=_WHERE, examples=[None])] = None
-    diversify: Annotated[float, Field(ge=0, le=1, strict=True, description=_DIVERSIFY)] = 0.0
-    fallback: Annotated[Literal["popularity", "recent", "none"], Field(description=_FALLBACK)] = "popularity"
+    allow: list[ItemId] | None = None
+    """The only items that may be returned."""
+    deny: list[ItemId] = []
+    """Items that may not be returned."""
+    where: Annotated[StrictStr | None, Field(max_length=10_000, examples=[None])] = None
+    """Only items for which this condition on columns is true: `in_stock = true and category in ('lamps', 'chairs')`."""
+    diversify: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
+    """How much the likeness of items within a list counts against them."""
+    fallback: Literal["popularity", "recent", "none"] = "popularity"
+    """What an empty history gets, and what fills a list that the model leaves short."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,10 +119,14 @@ def _safe(item: Id) -> Id:
 AnswerId = Annotated[Id, PlainSerializer(_safe), Field(description="Text beyond 2^53, which requests take as well.")]
 
 
-class Found(BaseModel):
-    """One item, without a score."""
+class Answer(BaseModel):
+    """What answers are made of."""
 
-    model_config = ConfigDict(from_attributes=True)
+    model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
+
+
+class Found(Answer):
+    """One item, without a score."""
 
     item: AnswerId
     title: str
@@ -137,28 +138,29 @@ class Item(Found):
     score: float
 
 
-class BaseAnswer(BaseModel):
+class BaseAnswer(Answer):
     """The fields of every answer: its id, by which clicks are counted, and the bundle that gave it."""
 
-    id: Annotated[str, Field(description="Also the header `x-request-id`.")]
+    id: str
+    """Also the header `x-request-id`."""
     bundle: str
     version: str
 
 
-class UserItems(BaseModel):
+class UserItems(Answer):
     """What one user gets."""
 
-    model_config = ConfigDict(from_attributes=True)
-
     items: list[Item]
-    unknown: Annotated[int, Field(description="Ids of the history that the catalogue lacks; they were skipped.")]
+    unknown: int
+    """Ids of the history that the catalogue lacks; they were skipped."""
 
 
 class Recommended(BaseAnswer):
     """Answer of `/v1/recommend`."""
 
     results: list[UserItems]
-    unknown_in_rules: Annotated[list[AnswerId], Field(description="Ids in `allow` and `deny` that were skipped.")]
+    unknown_in_rules: list[AnswerId]
+    """Ids in `allow` and `deny` that were skipped."""
 
 
 class Vectors(BaseAnswer):
@@ -184,15 +186,18 @@ class Explained(BaseAnswer):
 
     item: AnswerId
     title: str
-    parts: Annotated[dict[str, float], Field(description="What each part adds to the score, beside the average item.")]
-    nearest: Annotated[list[Item], Field(description="Items of the history that are most like it.")]
+    parts: dict[str, float]
+    """What each part adds to the score, beside the average item."""
+    nearest: list[Item]
+    """Items of the history that are most like it."""
 
 
 class Compared(BaseAnswer):
     """Answer of `/v1/compare`."""
 
     row: str
-    parts: Annotated[dict[str, list[Item]], Field(description="The best items by each part alone.")]
+    parts: dict[str, list[Item]]
+    """The best items by each part alone."""
 
 
 class Placed(BaseAnswer):

@@ -9,20 +9,21 @@ import socket
 import tempfile
 import time
 from contextlib import ExitStack
-from http import HTTPStatus
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import h11
 import uvicorn
 import yaml
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
 from rarec.errors import Terminated, UserError
 from rarec.serve.app import assemble
-from rarec.serve.guard import BUSY, PATIENCE, SAFE, Early, problem, read_tokens
-from rarec.serve.settings import LOOPBACK, VARIABLE, ServeSettings
+from rarec.serve.engines import check
+from rarec.serve.guard import PATIENCE, SAFE
+from rarec.serve.refusals import BUSY, Refused
+from rarec.serve.settings import LOOPBACK, VARIABLE, ServeSettings, read_tokens
 from rarec.serve.telemetry import FOLDER, event
 
 FACTORY = "rarec.serve.app:create"
@@ -74,7 +75,8 @@ def serve(settings: ServeSettings, source: Path | None, host: str, port: int, wo
         if workers == 1:
             manager.load()
         else:
-            check(settings)
+            for bundle in settings.bundles.values():  # workers load them later
+                check(settings, Path(bundle.path))
         logging.getLogger("uvicorn.error").addHandler(_Events())
         host, port = listening.getsockname()[:2]
         event("listening", f"http://{f'[{host}]' if ':' in host else host}:{port}/")
@@ -87,19 +89,6 @@ def serve(settings: ServeSettings, source: Path | None, host: str, port: int, wo
         except (KeyboardInterrupt, Terminated):  # uvicorn has ended in order, and passes its signal on
             pass
     event("ended")
-
-
-def check(settings: ServeSettings) -> None:
-    """Check the files of every bundle; workers load them later.
-
-    Raises:
-        UserError: one is missing or damaged.
-    """
-    for bundle in settings.bundles.values():
-        if settings.backend == "onnx":
-            import_module("rarec.serve.engines").check_served(Path(bundle.path))
-        else:
-            import_module("rarec.bundle.bundle").Bundle.open(Path(bundle.path), settings.trusted)
 
 
 class Patient(H11Protocol):
@@ -115,7 +104,7 @@ class Patient(H11Protocol):
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
-            self._refuse(503, "too many connections", BUSY)
+            self._refuse(Refused(503, "too many connections", BUSY, after=1.0))
         self._expect_request()
 
     def data_received(self, data: bytes) -> None:
@@ -140,22 +129,17 @@ class Patient(H11Protocol):
         head, _, body = data.partition(b"\r\n\r\n")
         if simple_length(head) != len(body) or self.flow.write_paused:
             return None
-        refused: Early | None = self.app_state["refuse_early"]()
-        return refused and refused.whole
+        refused: JSONResponse | None = self.app_state["refuse_early"]()
+        return _as_http(refused) if refused else None
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP in the service's own form."""
-        self._refuse(400, msg.rstrip("."), "send a request of HTTP/1.1")
+        self._refuse(Refused(400, msg.rstrip("."), "send a request of HTTP/1.1"))
 
-    def _refuse(self, status: int, what: str, remedy: str) -> None:
-        response = problem(status, what, remedy, after=1.0 if status == 503 else None)
+    def _refuse(self, refused: Refused) -> None:
+        response = refused.answer()
         response.headers.update({**SAFE, "connection": "close"})
-        parts = (
-            h11.Response(status_code=status, headers=response.raw_headers, reason=HTTPStatus(status).phrase),
-            h11.Data(data=bytes(response.body)),
-            h11.EndOfMessage(),
-        )
-        self.transport.write(b"".join(self.conn.send(part) or b"" for part in parts))
+        self.transport.write(_as_http(response))
         self.transport.close()
 
     def on_response_complete(self) -> None:
@@ -180,6 +164,13 @@ def simple_length(head: bytes) -> int | None:
     """Return the length of the body of a request, if its head says that and nothing about the connection; else None."""
     simple = _SIMPLE.match(head)
     return int(simple[1]) if simple and not _COMPLEX.search(head) else None
+
+
+def _as_http(response: JSONResponse) -> bytes:
+    """Return an answer as HTTP/1.1."""
+    status = b"HTTP/1.1 %d %b" % (response.status_code, STATUS_PHRASES[response.status_code])
+    headers = (b"%b: %b" % header for header in response.raw_headers)
+    return b"\r\n".join([status, *headers, b"", bytes(response.body)])
 
 
 class _Events(logging.Handler):

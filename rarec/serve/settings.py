@@ -1,5 +1,6 @@
 """The settings of a service: `rarec serve --settings serve.yaml`, or one bundle and defaults."""
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -47,7 +48,7 @@ class ServedBundle(Section):
 
 
 class ImpressionSettings(Section):
-    """Where each answer of `/v1/recommend` is noted, for `rarec report clicks`. They apply from the start on."""
+    """Where each answer of `/v1/recommend` is noted, for `rarec clicks`. They apply from the start on."""
 
     path: Location
     """Folder. It gets files of answers, each whole when it appears, and the key of the users' hashes."""
@@ -166,3 +167,19 @@ def settings_of_environment() -> ServeSettings:
     if not path:
         raise UserError(f"{VARIABLE} is not set", f"set it to the path of settings: {VARIABLE}=serve.yaml")
     return read_settings(Path(path))
+
+
+def read_tokens(path: Path) -> list[bytes]:
+    """Return the hashes of the tokens in a file, one a line.
+
+    Raises:
+        UserError: it cannot be read, has no token, or a short one.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("ascii").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise UserError(f"tokens {path}: {reason}", "name a file with a token on each line") from None
+    if not lines or min(map(len, lines)) < 16:
+        raise UserError(f"tokens {path}: no token, or one of fewer than 16 characters", "openssl rand -hex 24 > FILE")
+    return [hashlib.sha256(line.encode()).digest() for line in lines]

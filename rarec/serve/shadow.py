@@ -7,9 +7,8 @@ from concurrent.futures import Future
 from functools import partial
 
 from rarec.bundle.recommended import Request
-from rarec.serve.batcher import Busy, Closed
+from rarec.serve.batcher import Answer, Busy, Closed
 from rarec.serve.bundle_manager import BundleManager, Loaded
-from rarec.serve.engines import Answer
 from rarec.serve.telemetry import Metrics
 
 

@@ -7,15 +7,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from rarec.console.inert import inert
-
-if TYPE_CHECKING:
-    from rarec.serve.batcher import Pass
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Variable of the environment that prometheus_client reads: where worker processes write their metrics."""
@@ -80,15 +77,15 @@ class Metrics:
         self._early[0].inc()
         self._early[1].inc()
 
-    def observer(self, name: str, version: str) -> "Callable[[Pass], None]":
-        """Return what counts the passes of a bundle."""
-        users, queue, compute = (each.labels(name, version) for each in (self.users, self.queue, self.compute))
+    def observer(self, name: str, version: str) -> Callable[[int, list[float], float], None]:
+        """Return what counts the passes of a bundle: their users, how long each request waited, how long they took."""
+        of_users, of_queue, of_compute = (each.labels(name, version) for each in (self.users, self.queue, self.compute))
 
-        def observe(done: "Pass") -> None:
-            users.observe(done.users)
-            compute.observe(done.seconds)
-            for waited in done.waited:
-                queue.observe(waited)
+        def observe(users: int, waited: list[float], seconds: float) -> None:
+            of_users.observe(users)
+            of_compute.observe(seconds)
+            for each in waited:
+                of_queue.observe(each)
 
         return observe
 
