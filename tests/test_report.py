@@ -542,12 +542,6 @@ def test_what_was_not_written_is_left_out(tmp_path: Path) -> None:
     assert "HR@7" in page
 
 
-def test_a_run_without_evaluation_is_refused_with_the_next_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metrics\.json") as caught:
-        write_page(directories(tmp_path))
-    assert "rarec evaluate" in caught.value.remedy
-
-
 def test_a_row_without_a_field_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     run = directories(tmp_path)
     row = measured("per_layer")

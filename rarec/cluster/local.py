@@ -6,24 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rarec.cluster.definition import Sweep, SweepRun, first_to_do, state_of
 from rarec.config.load import format_override
 from rarec.console.inert import inert
-from rarec.console.last_resort import StopSignals
-from rarec.errors import Stopped, UserError
-from rarec.storage.files import lock_file, try_lock
+from rarec.console.last_resort import stop_signals
+from rarec.errors import Stopped
+from rarec.storage.files import make_directory
 
 LOG = "sweep.log"
 """File in a run's directory: the output of its processes, each after the command that started it."""
-HEAD = "\n$ rarec "
-"""What precedes each command in it."""
-_LOCK = ".sweep.lock"
 _STATE_SECONDS = 0.5
-"""Seconds between looks at the stage of the current run, at its lock, and for a signal."""
+"""Seconds between looks at the stage of the current run, and for a signal."""
 _PR_SET_PDEATHSIG = 1
 Say = Callable[[str], None]
 
@@ -45,7 +42,7 @@ def run_locally(sweep: Sweep, runs: Sequence[SweepRun], say: Say, show: Say) -> 
         KeyboardInterrupt: Ctrl-C; likewise.
     """
     failed = []
-    with StopSignals().recorded() as signals:
+    with stop_signals() as signals:
         for run in runs:
             outcome = _run(sweep, run, signals, say, show)
             if outcome is not None:
@@ -75,25 +72,25 @@ def last_message(log: Path) -> str:
     return " ".join(lines[-2:] if lines[-1:] and lines[-1].startswith("->") else lines[-1:])
 
 
-def _run(sweep: Sweep, run: SweepRun, signals: StopSignals, say: Say, show: Say) -> str | None:
+def _run(sweep: Sweep, run: SweepRun, signals: Sequence[int], say: Say, show: Say) -> str | None:
     """Make one run; return None if it is done, otherwise how it ended."""
     if first_to_do(run.config, sweep.stages) is None:
         say(f"{run.label}  {sweep.stages[-1]}  skipped, done before")
         return None
-    with _locked(run, signals, say) as lock:
-        started = time.monotonic()
-        process = _start(run, run_arguments(sweep, run), lock)
-        try:
-            while process.poll() is None:
-                _raise_if_stopped(signals)
-                show(f"{run.label}  {first_to_do(run.config, sweep.stages) or sweep.stages[-1]}  {_since(started)}")
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_STATE_SECONDS)
-        except (KeyboardInterrupt, Stopped):
-            _terminate(process)
-            raise
-        state, stage = state_of(run, sweep.stages)
-        say(f"{run.label}  {stage}  {_since(started)}  {'done' if state == 'done' else 'failed'}")
+    started = time.monotonic()
+    process = _start(run, run_arguments(sweep, run))
+    try:
+        while process.poll() is None:
+            if signals:
+                raise Stopped("the sweep was stopped by a signal")
+            show(f"{run.label}  {first_to_do(run.config, sweep.stages) or sweep.stages[-1]}  {_since(started)}")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_STATE_SECONDS)
+    except (KeyboardInterrupt, Stopped):
+        _terminate(process)
+        raise
+    state, stage = state_of(run, sweep.stages)
+    say(f"{run.label}  {stage}  {_since(started)}  {'done' if state == 'done' else 'failed'}")
     return None if state == "done" else f"{_describe_exit(process.returncode)}: {last_message(run.directory / LOG)}"
 
 
@@ -101,28 +98,15 @@ def _since(started: float) -> str:
     return f"{time.monotonic() - started:.0f} s"
 
 
-@contextmanager
-def _locked(run: SweepRun, signals: StopSignals, say: Say) -> Iterator[int]:
-    """Lock a run against other sweeps and against a process that a killed sweep left running; yield the handle."""
-    with lock_file(run.directory / _LOCK) as lock:
-        is_reported = False
-        while not try_lock(lock):
-            if not is_reported:
-                say(f"{run.label}: waiting for another process that works on this run")
-            is_reported = True
-            _raise_if_stopped(signals)
-            time.sleep(_STATE_SECONDS)
-        yield lock
+def _start(run: SweepRun, arguments: list[str]) -> "subprocess.Popen[bytes]":
+    """Start the process that makes a run; its output goes to the run's log.
 
-
-def _start(run: SweepRun, arguments: list[str], lock: int) -> "subprocess.Popen[bytes]":
-    """Start the process that makes a run; its output goes to the run's log."""
+    Where another one works on the run, of another sweep or of one that was killed, its stages wait for each other.
+    """
     path = run.directory / LOG
-    with path.open("a+", errors="replace") as log:
-        log.seek(0)
-        if log.read(len(HEAD)) not in ("", HEAD):
-            raise UserError(f"{path} is there, and rarec has not written it", "move it away")
-        log.write(inert(f"{HEAD}{shlex.join(arguments)}\n"))
+    make_directory(path.parent)
+    with path.open("a", errors="replace") as log:
+        log.write(inert(f"\n$ rarec {shlex.join(arguments)}\n"))
         log.flush()
         return subprocess.Popen(
             [sys.executable, "-m", "rarec", *arguments],
@@ -130,14 +114,8 @@ def _start(run: SweepRun, arguments: list[str], lock: int) -> "subprocess.Popen[
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which then lets the run save a checkpoint
-            pass_fds=[lock],  # the run stays locked until its process ends, even if the sweep is killed
             preexec_fn=_terminate_with_parent,
         )
-
-
-def _raise_if_stopped(signals: StopSignals) -> None:
-    if signals.received:
-        raise Stopped("the sweep was stopped by a signal")
 
 
 def _terminate(process: "subprocess.Popen[bytes]") -> None:

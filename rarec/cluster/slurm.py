@@ -81,8 +81,6 @@ def _submit_array(
     directory = sweep.directory.absolute() / "slurm"
     lines = "".join(f"{' '.join(_override(*field) for field in run.overrides.items())}\n" for run in runs)
     file = directory / f"{name}-{sha256_json(lines)[:8]}.txt"  # named by content: a requeued task reads it again
-    if file.exists() and file.read_text(errors="replace") != lines:
-        raise UserError(f"{file} is there, and is not this sweep's", "move it away")
     write_text(file, lines)
     array = [f"--output={directory}/%A_%a.log", *options, f"--job-name={_name(sweep)}", f"--array=1-{len(runs)}"]
     script = [str(shipped_files() / SCRIPT), str(sweep.base.absolute()), str(file)]

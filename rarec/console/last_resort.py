@@ -116,27 +116,19 @@ def _exit_code(command: Callable[[], object], signals: "_Signals") -> int | None
         return code
 
 
-class StopSignals:
-    """Records that a signal to stop has arrived: the step ends, a checkpoint is written, the same command resumes.
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list of the signals to stop that have arrived within the context; they have no other effect.
 
-    Attributes:
-        received: whether a signal has arrived.
+    With the first, the step ends, a checkpoint is written, and the same command resumes.
     """
-
-    received = False
-
-    @contextmanager
-    def recorded(self) -> Iterator["StopSignals"]:
-        """Record the signals within the context; they have no other effect."""
-        before = {number: signal.signal(number, self._record) for number in SIGNALS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Signals:

@@ -55,7 +55,7 @@ def write_report(directory: Path, run: RunDirectories, config: RunConfig, *, say
         say: prints one line to the user.
 
     Raises:
-        UserError: the extra `report` is not installed, metrics.json is missing, or a file is damaged.
+        UserError: the extra `report` is not installed, or a file is damaged.
     """
     template = _template()
     page = template.render(_context(read_run(run, say=say), config))

@@ -116,10 +116,8 @@ def read_run(run: RunDirectories, *, say: Say) -> RunFiles:
         say: prints a line about each damaged line of a log.
 
     Raises:
-        UserError: metrics.json is missing, a file is not valid JSON, or a row lacks a field.
+        UserError: a file is not valid JSON, or a row lacks a field.
     """
-    if not (run.evaluation / "metrics.json").exists():
-        raise UserError(f"{run.evaluation} has no metrics.json", "evaluate first: rarec evaluate CONFIG")
     rows = ("metrics", "comparisons", "validation", "strata", "examples")
     return RunFiles(
         **{name: _read(run.evaluation / f"{name}.json", []) for name in rows},
@@ -211,13 +209,7 @@ def _cell(row: Mapping[str, Any] | None, with_interval: bool) -> Text:
 
 
 def _read(path: Path, otherwise: Any) -> Any:
-    """Return the contents of a file; of another type than these, they are refused."""
-    content = read_json(path, object_hook=partial(_Fields, path)) if path.exists() else otherwise
-    rows = content if isinstance(content, list) else []
-    if not isinstance(content, type(otherwise)) or not all(isinstance(row, dict) for row in rows):
-        kind = "a list of rows" if isinstance(otherwise, list) else "an object"
-        raise UserError(f"{path} is not {kind}", REMEDY)
-    return content
+    return read_json(path, object_hook=partial(_Fields, path)) if path.exists() else otherwise
 
 
 def _training(directory: Path, say: Say) -> TrainingRecord:

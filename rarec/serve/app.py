@@ -205,10 +205,8 @@ class Service:
     async def ready(self) -> JSONResponse:
         """Return whether every bundle serves; 503 if not."""
         ready, overloaded = self._manager.ready, self._manager.overload > 0
-        state = self._manager.state().items()
-        bundles = {name: {field: facts[field] for field in ("loaded", "trouble")} for name, facts in state}
         # with tokens, /v1/bundles alone tells more: troubles name paths, and nobody needs a token here
-        details = {} if self._manager.settings.tokens else {"bundles": bundles}
+        details = {} if self._manager.settings.tokens else await self.bundles()
         return JSONResponse({"ready": ready, "overloaded": overloaded, **details}, 200 if ready else 503)
 
     async def metrics(self) -> Response:

@@ -23,7 +23,7 @@ from rarec.serve.app import assemble
 from rarec.serve.engines import check
 from rarec.serve.guard import PATIENCE, SAFE
 from rarec.serve.refusals import BUSY, Refused
-from rarec.serve.settings import LOOPBACK, VARIABLE, ServeSettings, read_tokens
+from rarec.serve.settings import LOOPBACK, VARIABLE, ServeSettings
 from rarec.serve.telemetry import FOLDER, event
 
 FACTORY = "rarec.serve.app:create"
@@ -56,9 +56,7 @@ def serve(settings: ServeSettings, source: Path | None, host: str, port: int, wo
     Raises:
         UserError: the address cannot be listened at; the file of tokens is wrong.
     """
-    if settings.tokens:
-        read_tokens(Path(settings.tokens))
-    elif host not in LOOPBACK:
+    if not settings.tokens and host not in LOOPBACK:
         event("warning", f"everyone who reaches {host}:{port} is served; tokens (in the settings) would change that")
     _allow_many_connections()
     with ExitStack() as stack:

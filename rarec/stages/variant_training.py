@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from rarec.config import Variant
-from rarec.console.last_resort import StopSignals
+from rarec.console.last_resort import stop_signals
 from rarec.data.shards.batch_plan import BatchPlan
 from rarec.data.shards.files import INDEX, open_samples
 from rarec.data.shards.loader import BatchLoader, Feed
@@ -75,9 +75,9 @@ def _fit(
     if accelerator is not None:
         accelerator.init_trackers("log")
     try:
-        with StopSignals().recorded() as signals:
+        with stop_signals() as signals:
             trainer.run(state, lambda steps, done: TrainingLog(log, accelerator, steps, done, variant.name), signals)
-            return signals.received
+            return bool(signals)
     finally:
         trainer.optimisation.end()
         for tracker in accelerator.trackers if accelerator is not None else ():

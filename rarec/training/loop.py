@@ -7,7 +7,7 @@ it: any of them can resume from it.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rarec.config.schema import Train
-from rarec.console.last_resort import StopSignals
 from rarec.data.shards.loader import BatchLoader
 from rarec.distributed.world import World
 from rarec.errors import Stopped, UserError
@@ -121,13 +120,15 @@ class Trainer:
     world: World
     steps: int
 
-    def run(self, state: TrainingState, log: Callable[[int, int], TrainingLog], signals: StopSignals) -> TrainingState:
+    def run(
+        self, state: TrainingState, log: Callable[[int, int], TrainingLog], signals: Sequence[int]
+    ) -> TrainingState:
         """Train to the last step, or until validation stops improving.
 
         Args:
             state: where to resume; the moments are read from its checkpoint.
             log: opens the log, given the number of steps and of those already done.
-            signals: if one arrives, training stops after a checkpoint.
+            signals: that have arrived: with the first, training stops after a checkpoint.
 
         Raises:
             UserError: the loss is not finite; the message names the batch, and the last good checkpoint stays.
@@ -153,7 +154,7 @@ class Trainer:
         return state
 
     def _step(
-        self, batches: Iterator[Batch], state: TrainingState, signals: StopSignals
+        self, batches: Iterator[Batch], state: TrainingState, signals: Sequence[int]
     ) -> tuple[StepMetrics, dict[str, float]]:
         """Take one optimizer step; return its metrics and gradient norms."""
         step = StepAccumulator()
@@ -171,7 +172,7 @@ class Trainer:
             step.add(batch, losses)
         self.world.report("summing up and updating")
         gradient_norms = norms(self.optimisation.gradients())
-        metrics = step.reduce(self.world, signals.received)
+        metrics = step.reduce(self.world, bool(signals))
         self._raise_if_not_finite(step, metrics, gradient_norms, state)
         self.optimisation.update(rate_at(state.step, self.steps, self.config.warmup))
         metrics = replace(metrics, seconds=time.monotonic() - step.started)
