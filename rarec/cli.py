@@ -257,7 +257,7 @@ def show_results(run: "Run") -> None:
     """Print the table of variants, where everything is, the best variant, and recommendations by the bundle."""
     from rarec.evaluation.results import HEADLINE
     from rarec.report.run_files import closing_lines, read_run, terminal_table
-    from rarec.stages.report import directories
+    from rarec.stages.results import directories
 
     out = Console() if sys.stdout.isatty() else Console(width=110)
     files = read_run(directories(run), say=say)

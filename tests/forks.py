@@ -9,7 +9,7 @@ START = multiprocessing.get_context("forkserver")
 """Starts forks. A process has one server: all that tests fork shares it, and what it imports."""
 START.set_forkserver_preload(
     [
-        *("rarec.cli", "rarec.stages.run", "rarec.stages.evaluate", "rarec.stages.export"),
+        *("rarec.cli", "rarec.stages.run", "rarec.stages.results", "rarec.stages.export"),
         *("rarec.stages.variant_training", "rarec.data.engines.duckdb_engine", "rarec.data.preparation.pipeline"),
         *("rarec.ids.make", "rarec.ids.trainer", "rarec.neighbours.ease", "rarec.neighbours.lexical"),
         *("rarec.models.language_model", "rarec.models.llm_attention", "rarec.training.loop", "rarec.training.zero"),

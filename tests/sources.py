@@ -7,8 +7,7 @@ from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.ids.source import Source, open_source
-from rarec.stages.ids import IdsStage
-from rarec.stages.prepare import PrepareStage
+from rarec.stages.data import IdsStage, PrepareStage
 from rarec.stages.run import Run
 from rarec.storage.artefacts import Manifest
 

@@ -30,7 +30,7 @@ from rarec.models.towers import RaRec, ReadoutModule, SideBatch, Tower
 from rarec.prompts import Encoded, TextTokenizer
 from rarec.report.html import REPORT, write_report
 from rarec.report.plots import alignment
-from rarec.stages.report import directories
+from rarec.stages.results import directories
 from rarec.stages.run import Run
 from rarec.storage.artefacts import read_manifest
 from rarec.storage.files import read_json, write_json

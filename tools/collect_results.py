@@ -25,7 +25,7 @@ from rarec.errors import UserError
 from rarec.evaluation.results import HEADLINE
 from rarec.report.run_files import TrainingRecord, read_run
 from rarec.stages import STAGES
-from rarec.stages.report import directories
+from rarec.stages.results import directories
 from rarec.stages.run import Run
 from rarec.storage.files import atomic_write, read_json, write_text
 from tools.results_statistics import Ranks, SeedMeans, Summary, compare, hits, run_figures, strata

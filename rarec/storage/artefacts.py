@@ -28,13 +28,11 @@ BEGUN = ".begun.json"
 PROGRESS = ".progress"
 """Directory in there, with what the build needs to resume."""
 IDENTITY = ("kind", "schema", "settings", "made_from", "files")
-"""The fields of a manifest that its hash covers."""
+"""The fields of a manifest that its `hash` is of: what other artefacts name it by."""
 _FRESH = 2 * 10**9
 """Nanoseconds after its last change within which a file may change again without another time."""
 SEAL = "seal"
 """The field of a JSON object with the sha256 of all others."""
-_IDENTITY = ("kind", "schema", "settings", "made_from", "files")
-"""Fields of a manifest that its `hash` is of: what other artefacts name it by."""
 
 Manifest = dict[str, Any]
 
@@ -73,7 +71,7 @@ def write_manifest(
         names = [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
         files = {name: None for name in names if Path(name).name != MANIFEST and not name.startswith(".")}
     digests = {name: files[name] or sha256_file(directory / name) for name in sorted(files)}
-    identity = dict(zip(_IDENTITY, (kind, SCHEMA, dict(settings), dict(made_from), digests), strict=True))
+    identity = dict(zip(IDENTITY, (kind, SCHEMA, dict(settings), dict(made_from), digests), strict=True))
     manifest = {**identity, "hash": sha256_json(identity), **figures}
     write_sealed(directory / MANIFEST, manifest)
     return manifest
@@ -123,7 +121,7 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         path_of = PurePosixPath(name)
         if path_of.is_absolute() or str(path_of) != name or "\\" in name or any(n[0] == "." for n in path_of.parts):
             raise UserError(f"{path} names a file outside of its folder: {name!r}", rebuild(kind))
-    if manifest.get("hash") != sha256_json({name: manifest[name] for name in _IDENTITY}):
+    if manifest.get("hash") != sha256_json({name: manifest[name] for name in IDENTITY}):
         raise UserError(f"{path}: its `hash` is not that of its content", rebuild(kind))
     return manifest
 

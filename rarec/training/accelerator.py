@@ -38,20 +38,17 @@ SET_BY_RUN = {
 }
 """Settings of launchers and of DeepSpeed, and the field of the run's configuration that sets each."""
 _OWN_ENGINES = "launch with a file of configs/accelerate/: ddp.yaml, fsdp2.yaml, zero2.yaml or zero3.yaml"
-_REMOVED = "remove it from there"
 NOT_APPLIED = {
-    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", f"{_REMOVED}; to compile, set llm.compile: true"),
-    "ACCELERATE_USE_MEGATRON_LM": ("use_megatron_lm", _OWN_ENGINES),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("use_parallelism_config", _OWN_ENGINES),
-    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", _REMOVED),
-    "FSDP_ACTIVATION_CHECKPOINTING": (
-        "fsdp_activation_checkpointing",
-        f"{_REMOVED}; to save memory, set llm.gradient_checkpointing: true",
-    ),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("offload_param_device", _REMOVED),
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("offload_optimizer_device", _REMOVED),
+    "ACCELERATE_DYNAMO_BACKEND": "set llm.compile: true",
+    "ACCELERATE_USE_MEGATRON_LM": _OWN_ENGINES,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": _OWN_ENGINES,
+    "FSDP_OFFLOAD_PARAMS": "use more GPUs",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set llm.gradient_checkpointing: true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "use more GPUs",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "use more GPUs",
 }
-"""Variables of launchers that would be ignored: the setting that each is from, and what to do instead."""
+"""Variables of launchers that would be ignored, and what to do instead. Without its prefixes, a variable's name is that
+of the setting that it is from."""
 
 
 def start_world(config: RunConfig) -> World:
@@ -155,11 +152,12 @@ def _check_launcher_settings(config: RunConfig) -> None:
         given = os.environ.get(variable, values[0])
         if given not in values:
             raise _conflict(f"the launcher's file, or {variable},", name, given)
-    for variable, (name, remedy) in NOT_APPLIED.items():
+    for variable, instead in NOT_APPLIED.items():
         given = os.environ.get(variable, "")
         if given.lower() not in ("", "no", "none", "false"):
+            name = variable.removeprefix("ACCELERATE_").removeprefix("DEEPSPEED_").lower()
             problem = f"the launcher's file, or {variable}, sets {name}: {given}, which rarec does not apply"
-            raise UserError(problem, remedy, shared=True)
+            raise UserError(problem, f"remove it from there; {instead}", shared=True)
 
 
 def _conflict(place: str, name: str, given: object) -> UserError:

@@ -1,14 +1,22 @@
-"""`rarec evaluate`, `accelerate launch launch/evaluate.py`: rank the full catalogue; only here is the test set read."""
+"""The stages of the results: `rarec evaluate`, and `rarec report`, one HTML file from what the run left.
+
+Only the evaluation reads the test set.
+"""
 
 import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rarec.config import dump_config
 from rarec.errors import UserError
+from rarec.report.run_files import RunDirectories
+from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
+from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.storage.files import sha256_file
+from rarec.version import source
 
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
@@ -79,3 +87,43 @@ def _sha256(path: str) -> str:
     if not Path(path).is_file():
         raise UserError(f"field `evaluate.external`: {path} does not exist", "correct the path, or leave it out")
     return sha256_file(Path(path))
+
+
+class ReportStage(Stage):
+    """`report.html`: figures, intervals, a verdict in words, plots. It needs no other file and no network."""
+
+    name = "report"
+    summary = "Write one HTML file of all results."
+    cheap = True
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`: the whole configuration, which the report shows, and the version that writes it."""
+        config = self.run.config
+        return {"version": source()["version"], "main": config.main_variant.name, "config": dump_config(config)}
+
+    def inputs(self) -> dict[str, Stage]:
+        """See `Stage`: the evaluation, and the variants whose curves are shown."""
+        return {"evaluate": self.run.stage("evaluate"), **{stage.part: stage for stage in self.run.stages("train")}}
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        self.run.world.run_on_main(lambda: self._write(directory))
+        self.run.say(f"report: {self.directory / 'report.html'}")
+        return Built()
+
+    def _write(self, directory: Path) -> None:
+        from rarec.report.html import write_report
+
+        run = self.run
+        run.stage("evaluate").checked()
+        for stage, files in (("prepare", []), ("shards", ["selection.json"])):  # which may be elsewhere by now
+            place = run.directory(stage)
+            if (place / MANIFEST).exists():
+                check_files(place, read_manifest(place, stage), names=files)
+        write_report(directory, directories(run), run.config, say=run.say)
+
+
+def directories(run: Run) -> RunDirectories:
+    """Return where a run has the files that its report and the terminal show."""
+    training = {stage.part: stage.directory for stage in run.stages("train")}
+    return RunDirectories(run.directory("evaluate"), run.directory("prepare"), run.directory("shards"), training)

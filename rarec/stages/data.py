@@ -1,14 +1,59 @@
-"""`rarec ids`: train or import the ID embeddings, and import every further source. Training uses all ranks."""
+"""The stages before the language model: `rarec prepare`, `rarec ids` and `rarec neighbours`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
-from rarec.config.neighbours import Graph
-from rarec.stages.neighbours import table_settings
+from rarec.config.neighbours import Graph, Neighbours
+from rarec.errors import redacted_setting
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import PROGRESS, sha256_json
+
+COMPUTES = ("engine", "spark", "memory", "scratch")
+"""Fields of `prepare` that say how the dataset is computed, not what it is: every engine gives the same."""
+
+
+class PrepareStage(Stage):
+    """Users, items, interactions, the split, and a manifest with the counts of every step."""
+
+    name = "prepare"
+    summary = "Logs to a prepared dataset: ids, order, split."
+    shareable = True
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`."""
+        config = self.run.config
+        left_out: Any = {**dict.fromkeys(COMPUTES, True), "items": {"columns", "date"}}  # a bundle alone has these
+        return {"seed": config.run.seed, "prepare": config.prepare.model_dump(mode="json", exclude=left_out)}
+
+    def outside_inputs(self) -> dict[str, str]:
+        """See `Stage`: hashes of the log and of the catalogue."""
+        from rarec.data.preparation.inputs import input_hashes
+
+        return input_hashes(self.run.config.prepare)
+
+    def location_key(self) -> object:
+        """See `Stage`: where tables are known by their names, the engine that knows them."""
+        config = self.run.config.prepare
+        named = config.interactions.table or config.items.table
+        return redacted_setting(config.engine) if named else None
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.data.preparation.pipeline import write_dataset
+
+        run = self.run
+        figures: dict[str, Any] = {}
+        run.world.run_on_main(lambda: figures.update(write_dataset(run.config.prepare, directory, run.say)))
+        return Built(figures)
+
+    def verify(self, directory: Path) -> None:
+        """Prove that nothing of validation, test or the future can enter training."""
+        from rarec.data.dataset import PreparedDataset, check_no_leaks
+
+        check_no_leaks(PreparedDataset.open(directory))
 
 
 class IdsStage(Stage):
@@ -86,3 +131,53 @@ class IdsStage(Stage):
         means = f"hr@10 {reached['hr@10']:.4f}, ndcg@10 {reached['ndcg@10']:.4f}"
         run.say(f"{self.part}: full ranking of {reached['n']} validation users: {means}")
         return Built({"name": self.part, **figures})
+
+
+class NeighboursStage(Stage):
+    """The neighbour table of one model."""
+
+    name = "neighbours"
+    summary = "Count which items are neighbours: bought together, one after the other, or alike in their words."
+    shareable = True
+
+    @classmethod
+    def parts(cls, run: Run) -> list[str]:
+        """See `Stage`."""
+        return list(run.config.neighbours.by_name)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Stage`."""
+        return table_settings(self.part, self.run.config.neighbours)
+
+    def inputs(self) -> dict[str, Stage]:
+        """See `Stage`."""
+        return {"prepare": self.run.stage("prepare")}
+
+    def build(self, directory: Path) -> Built:
+        """See `Stage`."""
+        from rarec.data.engines import open_engine
+        from rarec.neighbours.base import write_table
+
+        run = self.run
+        config = run.config.neighbours
+        n_items = run.dataset.n_items
+        engine = partial(open_engine, run.config.prepare, directory / "spill")
+        model = config.class_of(self.part)(config.config_of(self.part), engine)
+        fits = n_items <= model.largest
+        top = model.config.top
+
+        def write() -> None:
+            pairs = figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
+            lacking = model.needs if fits else f"more items than neighbours.{model.limit}"
+            few = f"; all that there are, fewer than neighbours.top, {top:,}" if top >= n_items else ""
+            note = few if pairs else f": {lacking}, so it will add nothing"
+            run.say(f"{self.part}: {pairs:,} neighbours of {n_items:,} items{note}")
+
+        figures: dict[str, int] = {}
+        run.world.run_on_main(write)
+        return Built(figures)
+
+
+def table_settings(name: str, config: Neighbours) -> dict[str, Any]:
+    """Return what shapes the table of a neighbour model."""
+    return {"model": config.by_name.get(name, name), **config.config_of(name).model_dump(mode="json")}
