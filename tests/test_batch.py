@@ -229,6 +229,21 @@ def test_what_was_begun_from_another_log_is_begun_anew(recommender, log, tmp_pat
     assert set(pd.read_parquet(out).user) == {line.split(",")[0] for line in lines if line.startswith("u00")}
 
 
+def test_what_a_kill_leaves_beside_a_result_that_is_whole_is_removed_by_the_next_command(
+    recommender, log, tmp_path, monkeypatch
+):
+    out = tmp_path / "top.parquet"
+    with monkeypatch.context() as killed:
+        killed.setattr(users, "discard", lambda begun: None)
+        recommend_all(recommender, log, out, 3)
+    whole = out.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UserError, match=r"top\.parquet is there"):
+        recommend_all(recommender, log, out, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["top.parquet"]
+    assert out.read_bytes() == whole
+
+
 @pytest.mark.parametrize("name", ["top.txt", "there.parquet"])
 def test_a_result_that_cannot_be_written_is_named_before_anything_is_done(recommender, log, tmp_path, name):
     (tmp_path / "there.parquet").write_text("mine")

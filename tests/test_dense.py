@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from rarec.bundle.parts import DenseForm
+from rarec.bundle.row import Part, Row
 from rarec.errors import UserError
 from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, VectorRanker
 
@@ -28,6 +29,18 @@ def neighbours(rng, lacking=None) -> NeighbourRanker:
     return NeighbourRanker(table, 3, 0.7, lacking)
 
 
+def form_of(fusion: FusedRanker) -> DenseForm:
+    """Return the form of a fusion whose parts are numbered."""
+    rankers = {str(number): part for number, part in enumerate(fusion.parts)}
+    tables = {name: part.table_NN for name, part in rankers.items() if isinstance(part, NeighbourRanker)}
+    parts = {
+        name: Part(name, weight, slope, False, None if name in tables else part.items_NZ, part.lacking_N)
+        for (name, part), weight, slope in zip(rankers.items(), fusion.weights, fusion.slopes, strict=True)
+    }
+    triples = {name: (table.indptr, table.indices, table.data) for name, table in tables.items()}
+    return DenseForm(Row("row", parts, triples, 3, 0.7, None), rankers)
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([1, 3]), st.booleans(), st.booleans(), st.booleans())
 def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, listed, listed_first):
@@ -44,15 +57,18 @@ def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, liste
     ranker = FusedRanker(tuple(parts), tuple(rng.random(len(parts))), (1.0, *slopes[1:]))
     histories = [rng.integers(0, ITEMS, 4) for _ in range(USERS)]
     batch = EvalBatch(np.arange(USERS), histories, np.zeros(USERS, np.int64))
-    form = DenseForm.of(ranker, [str(at) for at in range(len(parts))])
+    form = form_of(ranker)
+    form.row.check_form()
     users = form.users(histories)
-    scores = users @ form.items_NF.T
-    scores = scores.max(1) if users.ndim == 3 else scores
-    for part, weight in form.sparse.values():
-        scores = scores + weight * part.scores(batch)
+    scores = (users @ form.items_NF.T).max(1)
+    for name, weight_N in form.row.table_weights.items():
+        scores = scores + weight_N * form.rankers[name].scores(batch)
     assert np.allclose(scores, ranker.scores(batch), atol=1e-4)
     assert np.allclose(form.scores(batch), ranker.scores(batch), atol=1e-4)
-    dense = (users @ form.items_NF.T).reshape(USERS, -1, ITEMS).max(1)
+    fused = [form.row.fused(form.row.part_scores(*own)) for own in zip(users, histories, strict=True)]
+    sums = [sum(form.row.parts[name].weight * scores_N for name, scores_N in own.items()) for own in fused]
+    assert np.allclose(sums, ranker.scores(batch), atol=1e-4)
+    dense = (users @ form.items_NF.T).max(1)
     best = form.best(
         users, histories, [np.argsort(-of)[: 5 + len(set(h))] for of, h in zip(dense, histories, strict=True)], 5
     )
@@ -60,17 +76,21 @@ def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, liste
         assert rows.tolist() == expected.tolist()
 
 
-def test_a_single_model_is_a_form_and_neighbours_alone_are_none():
+def test_neighbours_alone_are_ranked_and_have_no_table_of_vectors():
     rng = np.random.default_rng(0)
-    model = vectors(rng, 4)
-    assert np.array_equal(DenseForm.of(FusedRanker((model,), (1.0,), (0.0,)), ["id"]).items_NF, model.items_NZ)
+    model, batch = vectors(rng, 4), EvalBatch(np.arange(1), [np.arange(3)], np.zeros(1, np.int64))
+    assert np.array_equal(form_of(FusedRanker((model,), (1.0,), (0.0,))).items_NF, model.items_NZ)
+    alone = FusedRanker((neighbours(rng),), (1.0,), (0.0,))
+    assert np.allclose(form_of(alone).scores(batch), alone.scores(batch))
     with pytest.raises(UserError, match="no vectors"):
-        DenseForm.of(FusedRanker((neighbours(rng),), (1.0,), (0.0,)), ["ease"])
+        form_of(alone).row.check_form()
 
 
-def test_an_item_that_its_neighbours_would_harm_has_no_weight():
+def test_an_item_that_its_neighbours_would_harm_is_in_no_table():
     rng = np.random.default_rng(0)
     lacking = np.arange(ITEMS) < 3
-    ranker = FusedRanker((neighbours(rng), vectors(rng, 4, 1, lacking)), (1.0, 1.0), (1.0, -1.5))
+    harmed = FusedRanker((neighbours(rng), vectors(rng, 4, 1, lacking)), (1.0, 1.0), (1.0, -1.5))
+    batch = EvalBatch(np.arange(1), [np.arange(3)], np.zeros(1, np.int64))
+    assert np.allclose(form_of(harmed).scores(batch), harmed.scores(batch), atol=1e-4)
     with pytest.raises(UserError, match="VARIANT"):
-        DenseForm.of(ranker, ["lexical", "id"])
+        form_of(harmed).row.check_form()

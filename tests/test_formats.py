@@ -18,11 +18,12 @@ from rarec.bundle.base_recommender import NotOffered
 from rarec.bundle.bundle import Bundle
 from rarec.bundle.parts import DenseForm, Parts, sample_histories, unknown_users
 from rarec.bundle.recommended import Explanation, Place, Request
+from rarec.bundle.row import Part, Row
 from rarec.bundle.write import hub_name
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.export import formats, rarec_client, write_targets
-from rarec.export.approximation import ExactLists
+from rarec.export.formats import ExactLists
 from rarec.export.graphs import QueryGraph, write_graph
 from rarec.export.onnx_recommender import OnnxRecommender
 from rarec.ranking import EvalBatch, VectorRanker
@@ -238,7 +239,7 @@ def test_slots_reach_the_graph(run, tmp_path):
     for source in graph.sources:
         source.items_NE.zero_()
     blank = write_graph(graph, graph.inputs_of(history), "query", tmp_path / "query.onnx")
-    assert not np.allclose(blank[:, 0], parts.dense.users(history), atol=1e-2)
+    assert not np.allclose(blank, parts.dense.users(history), atol=1e-2)
 
 
 DECODER = """
@@ -321,7 +322,8 @@ def test_an_index_says_what_it_finds(recommender, tmp_path, kind):
 def test_the_depth_of_a_search_is_what_finds_enough_or_the_one_that_is_given(kind):
     rng = np.random.default_rng(0)
     items, users = (rng.normal(size=(count, 24)).astype(np.float32) for count in (4000, 50))
-    form = DenseForm(items, {"": VectorRanker(items, lambda rows, histories: users)}, {})
+    row = Row("", {"": Part("", 1.0, 0.0, False, items, None)}, {}, 0, 1.0, None)
+    form = DenseForm(row, {"": VectorRanker(items, lambda rows, histories: users)})
     parts = SimpleNamespace(dense=form, scored=lambda histories: form.scored(unknown_users(histories)))
     exact = ExactLists(parts, [np.arange(user, user + 3) for user in range(50)], "users")
     shallow, default = (formats.Faiss(kind, depth).indexed(exact)[1] for depth in (1, None))

@@ -13,8 +13,7 @@ import pytest
 import rarec
 from rarec import cli_bundle
 from rarec.bundle.bundle import Bundle
-from rarec.bundle.columns import columns_of, read_columns
-from rarec.bundle.items import remove_items
+from rarec.bundle.items import columns_of, read_columns, remove_items
 from rarec.bundle.write import next_version
 from rarec.config.schema import Prepare
 from rarec.data.preparation.inputs import table_location

@@ -6,15 +6,24 @@ fused vectors.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.bundle.catalogue import Catalogue
-from rarec.bundle.recommended import Explanation, History, Id, Place, Recommendations, Recommended, Request
+from rarec.bundle.recommended import (
+    Catalogue,
+    Explanation,
+    History,
+    Id,
+    Place,
+    Recommendations,
+    Recommended,
+    Request,
+)
+from rarec.bundle.row import Row
 from rarec.bundle.rules import Plan, Rules, check_k, lists_of
 from rarec.errors import UserError
 from rarec.neighbours.scores import newest_first, score
@@ -30,45 +39,18 @@ class NotOffered(UserError):
     """A folder, or what is installed here, lacks what an answer needs."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the row that is served; see `FusedRanker`.
-
-    Attributes:
-        title: its name in answers.
-        weight: of its scores.
-        slope: of its scores over those of the first part.
-        knows_new: whether it scores items without training interactions.
-        vectors_NZ: item vectors; None of a neighbour table.
-        lacking_N: marks items that it knows nothing of; None for none.
-    """
-
-    title: str
-    weight: float
-    slope: float
-    knows_new: bool
-    vectors_NZ: Float32 | None
-    lacking_N: npt.NDArray[np.bool_] | None
-
-    @property
-    def known_N(self) -> npt.NDArray[np.bool_] | slice:
-        """The items with whose mean its unknown items are compared: those that it knows, or else all."""
-        return slice(None) if self.lacking_N is None or self.lacking_N.all() else ~self.lacking_N
-
-
 class BaseRecommender(ABC):
     """Ranks the items of a catalogue for any history. Several threads may share one.
 
     A subclass computes the scores.
 
     Args:
-        row: name of the row that is served.
+        served: the row that is served.
         catalogue: the items.
         date: the column of the items' dates, if there is one.
-        compared_NE: the vectors by which items are compared; None where there are none.
-        lists: whether the row scores the few items alone that it lists for a user.
 
     Attributes:
+        row: name of the row.
         items: ids of the catalogue.
         rules: what narrows, mixes and fills the lists.
         missing: methods that cannot answer, and why; `diversify` among them.
@@ -76,12 +58,11 @@ class BaseRecommender(ABC):
 
     missing: Mapping[str, NotOffered] = MappingProxyType({})
 
-    def __init__(
-        self, row: str, catalogue: Catalogue, date: str | None, compared_NE: Float32 | None, lists: bool
-    ) -> None:
-        self.row, self.catalogue, self._compared_NE = row, catalogue, compared_NE
+    def __init__(self, served: Row, catalogue: Catalogue, date: str | None) -> None:
+        self._row, self.row, self.catalogue = served, served.name, catalogue
         self.items: list[Id] = catalogue.ids.to_pylist()
-        self.rules = Rules(self.items, catalogue.counts_N, catalogue.columns, date, compared_NE, lists)
+        columns, compared_NZ = catalogue.columns, served.compared_NZ
+        self.rules = Rules(self.items, catalogue.counts_N, columns, date, compared_NZ, served.lists)
 
     # What a subclass has.
 
@@ -94,31 +75,12 @@ class BaseRecommender(ABC):
         """Return the vectors of users (B, V, F), whose best inner product with an item's is the score by vectors."""
 
     @abstractmethod
-    def part_scores(self, history: Rows) -> dict[str, Float32]:
-        """Return the scores of the catalogue by each part of the row alone, (N,) by name."""
-
-    @property
-    @abstractmethod
-    def row_parts(self) -> Mapping[str, Part]:
-        """The parts of the row, by name."""
-
-    @property
-    @abstractmethod
-    def new_items(self) -> "Mapping[str, NewItems]":
-        """The finders of neighbours of new items, by the part's name."""
-
-    @property
-    @abstractmethod
-    def newest_and_decay(self) -> tuple[int, float]:
-        """Return how many items of a history neighbour tables read, and the factor on older ones."""
-
-    @abstractmethod
     def encode_new(self, title: str, text: str) -> Float32:
         """Return the variant's vector (Z,) of an item without ID vectors. Raises `UserError` where there is none."""
 
-    @abstractmethod
-    def neighbours(self, row: int) -> Rows:
-        """Return the items that are bought with one, best first, by a table of the row; none where it has none."""
+    @cached_property
+    def _new_items(self) -> "Mapping[str, NewItems]":
+        return self._row.new_items(self.catalogue)
 
     # What it answers.
 
@@ -205,6 +167,7 @@ class BaseRecommender(ABC):
         Raises:
             UserError: there is no history, or this row has no vectors.
         """
+        self._row.check_form()
         rows, _ = self.rules.rows(histories, empty=False)
         vectors_BVF = self.queries(rows)
         return vectors_BVF[:, 0] if vectors_BVF.shape[1] == 1 else vectors_BVF
@@ -218,9 +181,9 @@ class BaseRecommender(ABC):
         self.require("similar")
         check_k(k)
         row = int(self._known([item])[0])
-        if self._compared_NE is None:
+        if self._row.compared_NZ is None:
             raise UserError(f"{self.row} has no item vectors", "export a row with a variant or the ID model")
-        cosines_N = _cosines(self._compared_NE, row)
+        cosines_N = _cosines(self._row.compared_NZ, row)
         cosines_N[row] = -np.inf
         best = np.argsort(-cosines_N, kind="stable")[: min(k, len(cosines_N) - 1)]
         return self._listed(best, cosines_N[best])
@@ -235,30 +198,22 @@ class BaseRecommender(ABC):
         check_k(k)
         (rows,), _ = self.rules.rows([history])
         row = int(self._known([item])[0])
-        parts = self.row_parts
+        parts = self._row.parts
         shares = {  # compared with the average item
             parts[name].title: parts[name].weight * float(scores_N[row] - scores_N.mean())
-            for name, scores_N in self._predicted(rows).items()
+            for name, scores_N in self._row.fused(self._part_scores(rows)).items()
         }
         return Explanation(item, self.catalogue.titles[row], shares, self._nearest(rows, row, k))
 
-    def _predicted(self, history: Rows) -> dict[str, Float32]:
-        """Return the scores of the parts, with those that are predicted for the items that a part lacks."""
-        scores = self.part_scores(history)
-        first, *others = self.row_parts
-        first_N, lists = scores[first], self.row_parts[first].vectors_NZ is None
-        for name in others:
-            part = self.row_parts[name]
-            if part.lacking_N is not None and part.lacking_N.any():
-                usual = 0.0 if lists else first_N[part.known_N].mean()
-                scores[name] = scores[name] + np.float32(part.slope) * (first_N - usual) * part.lacking_N
-        return scores
+    def _part_scores(self, history: Rows) -> dict[str, Float32]:
+        """Return the scores of the catalogue by each part of the row alone, (N,) by name."""
+        return self._row.part_scores(self.queries([history])[0], history)
 
     def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
         """Return the items of a history that are most like another; none where there are no vectors."""
-        if self._compared_NE is None or not len(rows):
+        if self._row.compared_NZ is None or not len(rows):
             return []
-        cosines_N = _cosines(self._compared_NE, row)
+        cosines_N = _cosines(self._row.compared_NZ, row)
         best = np.array(sorted(set(rows.tolist()), key=lambda known: -cosines_N[known])[:k])
         return self._listed(best, cosines_N[best])
 
@@ -272,9 +227,9 @@ class BaseRecommender(ABC):
         check_k(k)
         (rows,), _ = self.rules.rows([history])
         best = {}
-        for name, scores_N in self.part_scores(rows).items():
+        for name, scores_N in self._part_scores(rows).items():
             order = _order(scores_N, rows)[:k]
-            best[self.row_parts[name].title] = self._listed(order, scores_N[order])
+            best[self._row.parts[name].title] = self._listed(order, scores_N[order])
         return best
 
     def place(self, history: History, title: str, text: str = "", around: int = 3) -> Place:
@@ -286,8 +241,9 @@ class BaseRecommender(ABC):
         self.require("place")
         (rows,), _ = self.rules.rows([history])
         new = self._score_of_new(rows, title, text)
-        weighted = (self.row_parts[name].weight * scores_N for name, scores_N in self._predicted(rows).items())
-        scores_N: Float32 = np.sum(list(weighted), axis=0, dtype=np.float32)
+        scores = self._row.fused(self._part_scores(rows))
+        weighted = [self._row.parts[name].weight * scores_N for name, scores_N in scores.items()]
+        scores_N: Float32 = np.sum(weighted, axis=0, dtype=np.float32)
         order = _order(scores_N, rows)
         rank = int((scores_N[order] >= new).sum()) + 1
         beside = order[max(0, rank - 1 - around) : rank - 1], order[rank - 1 : rank - 1 + around]
@@ -297,18 +253,18 @@ class BaseRecommender(ABC):
         """Return the score that an item would have after a history if `rarec items add` had added it."""
         vector_F = self._vector_of_new(title, text)
         total = float((self.queries([history])[0] @ vector_F).max())
-        newest, weights, _ = newest_first([history], *self.newest_and_decay)
-        for name, finder in self.new_items.items():
+        newest, weights, _ = newest_first([history], self._row.newest, self._row.decay)
+        for name, finder in self._new_items.items():
             rows, scores = finder.neighbours_of(title, text)
             near_N = np.zeros(len(self.items))
             near_N[rows] = scores
-            total += self.row_parts[name].weight * float(score((weights * near_N[newest]).sum()))
+            total += self._row.parts[name].weight * float(score((weights * near_N[newest]).sum()))
         return total
 
     def _vector_of_new(self, title: str, text: str) -> Float32:
         """Return an item's fused vector; what other parts do not know is predicted from the first's."""
         own_Z = self.encode_new(title, text)
-        first, *others = self.row_parts.values()
+        first, *others = self._row.parts.values()
         assert first.vectors_NZ is not None  # the variant's
         vector_Z = first.weight * own_Z
         beside = list[Float32]()
@@ -327,7 +283,7 @@ class BaseRecommender(ABC):
         chances_N = chances(self.catalogue.counts_N)
         rows = [int(rng.choice(len(chances_N), p=chances_N))]
         while len(rows) < min(length, len(chances_N)):
-            near = self.neighbours(int(rng.choice(rows)))[:10]
+            near = self._row.neighbours(int(rng.choice(rows)))[:10]
             new = np.setdiff1d(near if rng.random() < 0.9 else np.arange(len(chances_N)), rows)
             rows += [int(rng.choice(new))] if len(new) else []
         return rows

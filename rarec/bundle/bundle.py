@@ -33,9 +33,9 @@ from safetensors.torch import load
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from rarec.bundle.catalogue import Catalogue
 from rarec.bundle.conditions import DATED, KINDS
 from rarec.bundle.facts import SCHEMA, BundleFacts, Facts, own_parts, recipe_of
+from rarec.bundle.recommended import Catalogue
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.load import validated
 from rarec.config.neighbours import built_in

@@ -19,6 +19,8 @@ from sqlglot.errors import SqlglotError, TokenError
 
 from rarec.errors import UserError, nearest
 
+Columns = Mapping[str, pa.Array]
+"""Columns of a catalogue by name, (N,) each."""
 Node = Any
 """A node of sqlglot's tree."""
 LONGEST = 10_000
@@ -47,7 +49,7 @@ _COMPARED: dict[type[Any], Callable[[Any, Any], Any]] = {
 _JOINED: dict[type[Any], Callable[[Any, Any], Any]] = {exp.And: pc.and_kleene, exp.Or: pc.or_kleene}
 
 
-def matching(condition: str, columns: Mapping[str, pa.Array]) -> npt.NDArray[np.bool_]:
+def matching(condition: str, columns: Columns) -> npt.NDArray[np.bool_]:
     """Return the items for which a condition is true, (N,).
 
     Args:
@@ -58,7 +60,7 @@ def matching(condition: str, columns: Mapping[str, pa.Array]) -> npt.NDArray[np.
         UserError: it is not such a condition, names an unknown column, or compares values of two kinds.
     """
     try:
-        chosen = _Condition(columns).chosen(_parsed(condition))
+        chosen = _chosen(_parsed(condition), columns)
     except RecursionError:
         raise UserError("where: the condition is nested too deeply", "write it shorter") from None
     return np.asarray(pc.fill_null(chosen, False).to_numpy(zero_copy_only=False), np.bool_)
@@ -85,54 +87,48 @@ def _parsed(condition: str) -> Node:
     return trees[0]
 
 
-class _Condition:
-    """Computes conditions on columns, in Kleene's logic."""
+def _chosen(node: Node, columns: Columns) -> Any:
+    """Return for each item true, false or null, (N,), in Kleene's logic."""
+    kind = type(node)
+    if kind is exp.Paren:
+        return _chosen(node.this, columns)
+    if kind is exp.Not:
+        return pc.invert(_chosen(node.this, columns))
+    if kind in _JOINED:
+        return _JOINED[kind](_chosen(node.left, columns), _chosen(node.right, columns))
+    if kind in _COMPARED:
+        return _compared(_COMPARED[kind], node.left, node.right, columns)
+    if kind is exp.In and node.expressions and set(filter(node.args.get, node.args)) == {"this", "expressions"}:
+        return reduce(pc.or_kleene, (_compared(pc.equal, node.this, value, columns) for value in node.expressions))
+    if kind is exp.Is and isinstance(node.expression, exp.Null):
+        return pc.is_null(_column(node.this, columns))
+    raise _refused(node)
 
-    def __init__(self, columns: Mapping[str, pa.Array]) -> None:
-        self._columns = columns
 
-    def chosen(self, node: Node) -> Any:
-        """Return for each item true, false or null, (N,)."""
-        kind = type(node)
-        if kind is exp.Paren:
-            return self.chosen(node.this)
-        if kind is exp.Not:
-            return pc.invert(self.chosen(node.this))
-        if kind in _JOINED:
-            return _JOINED[kind](self.chosen(node.left), self.chosen(node.right))
-        if kind in _COMPARED:
-            return self._compared(_COMPARED[kind], node.left, node.right)
-        if kind is exp.In and node.expressions and set(filter(node.args.get, node.args)) == {"this", "expressions"}:
-            return reduce(pc.or_kleene, (self._compared(pc.equal, node.this, value) for value in node.expressions))
-        if kind is exp.Is and isinstance(node.expression, exp.Null):
-            return pc.is_null(self._column(node.this))
+def _compared(compare: Callable[[Any, Any], Any], left: Node, right: Node, columns: Columns) -> Any:
+    """Return the comparison of two columns, or of a column and a value."""
+    sides = [_column(side, columns) if isinstance(side, exp.Column) else None for side in (left, right)]
+    (name, column), (other, beside) = sorted(zip((left, right), sides, strict=True), key=lambda pair: pair[1] is None)
+    if column is None:
+        raise UserError(f"where: {_text(left)} is compared with {_text(right)}", "compare a column with a value")
+    if beside is None:
+        value = _value(name, column, other)
+        return compare(*(value if part is None else part for part in sides))
+    if KINDS[beside.type] != KINDS[column.type]:
+        raise _unlike(name, column, other)
+    return compare(*sides)
+
+
+def _column(node: Node, columns: Columns) -> pa.Array:
+    if not isinstance(node, exp.Column) or set(filter(node.args.get, node.args)) != {"this"}:
         raise _refused(node)
-
-    def _compared(self, compare: Callable[[Any, Any], Any], left: Node, right: Node) -> Any:
-        """Return the comparison of two columns, or of a column and a value."""
-        columns = [self._column(side) if isinstance(side, exp.Column) else None for side in (left, right)]
-        (name, column), (other, beside) = sorted(
-            zip((left, right), columns, strict=True), key=lambda pair: pair[1] is None
-        )
-        if column is None:
-            raise UserError(f"where: {_text(left)} is compared with {_text(right)}", "compare a column with a value")
-        if beside is None:
-            value = _value(name, column, other)
-            return compare(*(value if part is None else part for part in columns))
-        if KINDS[beside.type] != KINDS[column.type]:
-            raise _unlike(name, column, other)
-        return compare(*columns)
-
-    def _column(self, node: Node) -> pa.Array:
-        if not isinstance(node, exp.Column) or set(filter(node.args.get, node.args)) != {"this"}:
-            raise _refused(node)
-        if node.name in self._columns:
-            return self._columns[node.name]
-        remedy = "name one that it has" if self._columns else "add it: rarec items update BUNDLE TABLE COLUMN"
-        if node.this.args.get("quoted"):
-            remedy = f"write text in single quotes: '{node.name}'; double quotes are for names of columns"
-        problem = f"where: the catalogue has no column {node.name!r}"
-        raise UserError(problem + nearest(node.name, self._columns), remedy)
+    if node.name in columns:
+        return columns[node.name]
+    remedy = "name one that it has" if columns else "add it: rarec items update BUNDLE TABLE COLUMN"
+    if node.this.args.get("quoted"):
+        remedy = f"write text in single quotes: '{node.name}'; double quotes are for names of columns"
+    problem = f"where: the catalogue has no column {node.name!r}"
+    raise UserError(problem + nearest(node.name, columns), remedy)
 
 
 def _value(name: Node, column: pa.Array, node: Node) -> pa.Scalar:

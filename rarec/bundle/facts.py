@@ -129,18 +129,17 @@ class _Model(BaseModel):
     settings: Annotated[_Sections, AfterValidator(_complete)]
 
 
-def _titled(items: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a table of items that does not say what replaces a missing title."""
-    if not isinstance(items.get("untitled"), str):
-        raise ValueError("lacks `untitled`")
-    return items
+class _Items(BaseModel):
+    """A table of items, which says what replaces a missing title; `Prepare` checks its other fields."""
+
+    untitled: str
 
 
 class _Tables(Section):
     """How a log and a catalogue are read."""
 
     interactions: dict[str, Any]
-    items: Annotated[dict[str, Any], AfterValidator(_titled)]
+    items: _Items
     duplicates: str
     repeats: str
 

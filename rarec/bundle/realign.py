@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import orthogonal_procrustes
+from sklearn.linear_model import Ridge
 
 from rarec.bundle.bundle import IDS, MODEL, Float32, Rows
 from rarec.bundle.parts import Parts, sample_histories
@@ -70,12 +71,9 @@ def _rotation(new_RS: Floats, old_RE: Floats) -> tuple[Floats, Floats]:
 
 
 def _ridge(new_RS: Floats, old_RE: Floats) -> tuple[Floats, Floats]:
-    new_mean, old_mean = new_RS.mean(0), old_RE.mean(0)
-    apart = new_RS - new_mean
-    gram = apart.T @ apart
-    gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    matrix = np.linalg.solve(gram, apart.T @ (old_RE - old_mean))
-    return matrix, old_mean - new_mean @ matrix
+    """Ridge regression; the penalty is a share of the mean square of the new vectors' dimensions."""
+    fit = Ridge(RIDGE * len(new_RS) * new_RS.var(0).mean()).fit(new_RS, old_RE)
+    return fit.coef_.T, fit.intercept_
 
 
 def realign(

@@ -3,21 +3,20 @@
 Shape letters: B users, N catalogue, Z size of a scored vector, F size of the fused vectors.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rarec.bundle.base_recommender import BaseRecommender, Part
-from rarec.bundle.bundle import IDS, MODEL, Bundle, Float32, Rows
-from rarec.bundle.parts import Parts, unknown_users
+from rarec.bundle.base_recommender import BaseRecommender
+from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
+from rarec.bundle.parts import Parts
 from rarec.bundle.recommended import History, Id, Recommendations
 from rarec.bundle.rules import Plan, check_k
 from rarec.config.section import check_device
 from rarec.distributed.world import World
 from rarec.errors import UserError
-from rarec.neighbours.base import NewItems
 from rarec.ranking.rank import USERS_AT_A_TIME, best_scores
 
 
@@ -47,10 +46,7 @@ class Recommender(BaseRecommender):
     ) -> None:
         self.bundle = bundle
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
-        facts, vectors = bundle.facts, bundle.vectors
-        compared = vectors.get(MODEL, vectors.get(IDS + facts["id_model"]))
-        lists = len(bundle.tables) == len(facts["parts"])
-        super().__init__(facts["row"], bundle.catalogue, bundle.date, compared, lists)
+        super().__init__(self.parts.row, bundle.catalogue, bundle.date)
 
     def best(self, plans: Sequence[Plan]) -> list[tuple[Rows, Float32]]:
         """See `BaseRecommender`."""
@@ -68,43 +64,13 @@ class Recommender(BaseRecommender):
 
     def queries(self, histories: Sequence[Rows]) -> Float32:
         """See `BaseRecommender`."""
-        users = self.parts.dense.users(histories)
-        return users if users.ndim == 3 else users[:, None]
-
-    def part_scores(self, history: Rows) -> dict[str, Float32]:
-        """See `BaseRecommender`."""
-        user = unknown_users([history])
-        return {name: ranker.scores(user)[0] for name, ranker in self.parts.rankers.items()}
-
-    @property
-    def row_parts(self) -> Mapping[str, Part]:
-        """See `BaseRecommender`."""
-        return self.parts.described
-
-    @property
-    def new_items(self) -> Mapping[str, NewItems]:
-        """See `BaseRecommender`."""
-        return self.parts.new_items
-
-    @property
-    def newest_and_decay(self) -> tuple[int, float]:
-        """See `BaseRecommender`."""
-        return self.parts.newest_and_decay
+        return self.parts.ranker.users(histories)
 
     def encode_new(self, title: str, text: str) -> Float32:
         """See `BaseRecommender`."""
         sources = {name: np.zeros((1, source.dim), np.float32) for name, source in self.parts.encoder.sources.items()}
         encoded: Float32 = self.parts.encode_new([title], [text], sources)[0]
         return encoded
-
-    def neighbours(self, row: int) -> Rows:
-        """See `BaseRecommender`."""
-        tables = sorted(self.bundle.tables, key=lambda name: name != "cooccurrence")
-        if not tables:
-            return np.empty(0, np.int64)
-        own = self.bundle.near[tables[0]].getrow(row)
-        near: Rows = own.indices[np.argsort(-own.data)].astype(np.int64)
-        return near
 
     def user_vectors(self, histories: Sequence[History]) -> Float32:
         """Return the variant's user vectors, (B, Z).

@@ -43,7 +43,8 @@ from rarec.storage.directories import discard, is_there, new_directory
 from rarec.storage.files import atomic_write, fsync, open_to_lock, sha256_file, try_lock
 
 Say = Callable[[str], None]
-PARTS = "parts"
+PARTS, WHOLE = "parts", "whole"
+"""In the folder beside the result: the folder of the parts, and in it the file to which they are joined."""
 USUAL_COLUMNS = {
     "user": {"user", "user_id", "userid", "customer", "customer_id"},
     "item": {"item", "item_id", "itemid", "product", "product_id", "sku"},
@@ -191,6 +192,7 @@ def recommend_all(
     if out.suffix not in WRITERS:
         raise UserError(f"{out} ends in none of {', '.join(WRITERS)}", "name a file that does")
     if os.path.lexists(out):
+        _drop_begun(out, lambda begun: _is_joined(begun, out))
         raise is_there(out)
     made_from = {
         "log": hash_files(find_files(log, "--log")),
@@ -217,16 +219,27 @@ def recommend_all(
 @contextmanager
 def _begun(begun: Path, out: Path) -> Iterator[None]:
     """Hold the lock of the folder for the parts, which is made if need be; drop those of other logs, bundles or k."""
-    for other in out.parent.glob(f".{glob.escape(out.name)}.begun*"):
-        if other != begun and other.is_dir():
-            with suppress(UserError), _locked(other):
-                discard(other)
+    _drop_begun(out, lambda other: other != begun)
     if not begun.is_dir() or begun.is_symlink():
         with new_directory(begun, [f"{PARTS}/"], replace=False):
             pass
     with _locked(begun):
         (begun / PARTS).mkdir(exist_ok=True)
         yield
+
+
+def _drop_begun(out: Path, dropped: Callable[[Path], bool]) -> None:
+    """Delete folders for parts of a file that no other process writes to, if `dropped` says so."""
+    for begun in out.parent.glob(f".{glob.escape(out.name)}.begun*"):
+        if begun.is_dir() and dropped(begun):
+            with suppress(UserError), _locked(begun):
+                discard(begun)
+
+
+def _is_joined(begun: Path, out: Path) -> bool:
+    """Return whether the file is the one that was joined here: the process was killed before it tidied up."""
+    whole = begun / PARTS / WHOLE
+    return whole.exists() and out.exists() and whole.samefile(out)
 
 
 @contextmanager
@@ -273,11 +286,14 @@ def _join(begun: Path, chunks: int, empty: pa.Table, out: Path) -> int:
     if len(parts) < chunks:
         raise UserError(f"a part in {begun} was damaged while it was written", "run the same command again")
     schema = pq.read_schema(parts[0]) if parts else empty.schema
+    whole = begun / PARTS / WHOLE
+    with atomic_write(whole) as file:
+        WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
     try:
-        with atomic_write(out, replace=False) as file:
-            WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
+        out.hardlink_to(whole)  # fails where something is, unlike a rename
     except FileExistsError:
         raise is_there(out) from None
+    fsync(out.parent)
     rows: int = sum(pq.read_metadata(part).num_rows for part in parts)
     discard(begun)
     return rows

@@ -16,13 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Float32
-from rarec.bundle.catalogue import Catalogue
 from rarec.bundle.facts import SCHEMA
+from rarec.bundle.recommended import Catalogue
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
 from rarec.config.neighbours import built_in
 from rarec.data.tables import write_rows
@@ -237,23 +237,25 @@ def write_card(
         figures: `metrics` (rows of metrics.json) and `trained_parameters`, as in the manifest.
         verdict: whether the run's main variant adds to the untrained baselines, in one sentence.
     """
-    catalogue = contents.catalogue
-    # as Python literals: an id may hold a quote, or end the block of code
-    examples = [ascii(item).replace("`", r"\x60") for item in catalogue.ids[:2].to_pylist()]
-    card = TEMPLATE.read_text(encoding="utf-8").format(
-        front_matter=_front_matter(contents, config, figures).to_yaml(),
+    catalogue, trained = contents.catalogue, contents.trained
+    card = ModelCard.from_template(
+        _card_data(contents, config, figures),
+        str(TEMPLATE),
         title=variant_title(contents.row),
         verdict=verdict,
-        what=_what(contents, figures["trained_parameters"]),
-        first=examples[0],
-        second=examples[-1],
-        needs=_needs(contents.trained),
-        training=_training(contents, config),
+        parts=[part_title(name) for name in contents.parts],
+        parameters=figures["trained_parameters"],
+        # as Python literals: an id may hold a quote, or end the block of code
+        examples=[ascii(item).replace("`", r"\x60") for item in catalogue.ids[:2].to_pylist()],
+        llm=trained and trained.llm,
+        lora=trained and trained.variant.lora,
+        slots=trained and describe_slots(trained.variant, config),
+        config=config,
         items=len(catalogue.titles),
         n=max(row["n"] for row in figures["metrics"]),
         table=_table(contents.row, figures["metrics"]),
     )
-    write_text(directory / CARD, card)
+    write_text(directory / CARD, f"{card}\n")
 
 
 def hub_name(model: str) -> str | None:
@@ -261,7 +263,7 @@ def hub_name(model: str) -> str | None:
     return model if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) and not Path(model).exists() else None
 
 
-def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, Any]) -> ModelCardData:
+def _card_data(contents: Contents, config: RunConfig, figures: Mapping[str, Any]) -> ModelCardData:
     """Return what model hubs read: licence, language model, and the row's figures."""
     dataset = f"test users of a log, {len(contents.catalogue.titles):,} items"
     results = [
@@ -279,39 +281,6 @@ def _front_matter(contents: Contents, config: RunConfig, figures: Mapping[str, A
     )
 
 
-def _what(contents: Contents, parameters: int) -> str:
-    parts = [part_title(name) for name in contents.parts]
-    scored = f"The weighted sum of the scores of {listed(parts)}" if len(parts) > 1 else f"The scores of {parts[0]}"
-    own = f" It holds {parameters:,} trained parameters, and none of the language model's."
-    model = own if contents.trained else ""
-    return f"{scored}, for any history of the catalogue's items.{model} RA-Rec: arXiv 2402.04527."
-
-
-def _needs(trained: Trained | None) -> str:
-    if trained is None:
-        return "- nothing but this folder"
-    llm = trained.llm
-    return (
-        f"- the language model `{llm['name']}`, revision {llm['revision']}, in {llm['dtype']} (weights "
-        f"`{llm['fingerprint'][:16]}`); another one is refused"
-    )
-
-
-def _training(contents: Contents, config: RunConfig) -> str:
-    if contents.trained is None:
-        return f"Seed {config.run.seed}."
-    chosen = [name for name in ("denoise", "diversify") if getattr(config.shards, name)]
-    limit = f", at most {config.shards.max_samples:,}" if config.shards.max_samples else ""
-    held_out = f", of the newest {config.ids.held_out:.0%} of each user's interactions" if config.ids.held_out else ""
-    selection = limit + held_out + (f", {' and '.join(chosen)}" if chosen else "")
-    lora = f"; LoRA of rank {config.lora.rank}" if contents.trained.variant.lora else ""
-    return (
-        f"Loss {config.loss.recommendation} + {config.loss.align_weight} x alignment; "
-        f"{describe_slots(contents.trained.variant, config)}{lora}; seed {config.run.seed}.\n"
-        f"Training samples: share {config.shards.share} of all{selection}. All settings are in `manifest.json`."
-    )
-
-
 def describe_slots(variant: Variant, config: RunConfig) -> str:
     """Describe the slots of a variant, and the blocks that they enter."""
     if variant.blocks == "none":
@@ -324,7 +293,8 @@ def describe_slots(variant: Variant, config: RunConfig) -> str:
     return f"{listed(parts)} {where[variant.blocks]}"
 
 
-def _table(row: str, metrics: list[Mapping[str, Any]]) -> str:
+def _table(row: str, metrics: list[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells of the lines of a table of the variants' headline figures."""
     full = {(values["variant"], values["metric"]): values for values in metrics if values["protocol"] == FULL}
     names = headline_metrics(metric for _, metric in full)
     lines = [["row", *map(str.upper, names)], ["---"] * (len(names) + 1)]
@@ -333,4 +303,4 @@ def _table(row: str, metrics: list[Mapping[str, Any]]) -> str:
         cells = [full.get((variant, name)) for name in names]
         values = [f"{figure(c['value'])} ({interval(c['low'], c['high'])})" if c else "" for c in cells]
         lines.append([f"{mark}{variant_title(variant)}{mark}", *values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return lines

@@ -2,27 +2,34 @@
 
 `--to vectors`: items with their vectors, neighbour tables, facts; `--to faiss`: an index of the vectors as well;
 `--to peft`: the LoRA weights alone, as stock PEFT loads them; `--to hub`: a model hub's repository.
+
+Shape letters: B users, N catalogue, K items returned, V vectors of a user, F size of the fused vectors.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import HfApi
 
-from rarec.bundle.bundle import TABLES
-from rarec.bundle.parts import Parts
+from rarec.bundle.bundle import TABLES, Bundle, Float32, Rows
+from rarec.bundle.parts import Parts, sample_histories
+from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.export import Target, raise_if_far
-from rarec.export.approximation import ExactLists, K
 from rarec.models.backbone import FrozenBackbone
 from rarec.neighbours.base import SCHEMA, pairs_of
-from rarec.storage.artefacts import MANIFEST, write_sealed
+from rarec.neighbours.scores import factor_of_sums
+from rarec.ranking import EvalBatch
+from rarec.storage.artefacts import MANIFEST, read_manifest, write_sealed
 from rarec.storage.files import read_json, write_json
 
 ITEMS, FACTS, INDEX = "items.parquet", "client.json", "index.faiss"
@@ -32,8 +39,84 @@ DEPTHS = {"hnsw": "efSearch", "ivf": "nprobe"}
 """What `--depth` is of an index that looks at some items alone, as faiss names it; it is part of the index."""
 FIRST_DEPTH, GOOD = 16, 0.99
 """The depth that is tried first, and the share of the exact lists that the default depth finds, if any depth does."""
+USERS, K = 200, 10
+"""Users, and items of each, whose lists by an approximation are compared with the exact ones."""
 CLOSE = 1e-5
 """Largest difference of hidden states between stock PEFT and the bundle, relative to the largest state."""
+
+
+# ---- what an approximation costs
+
+
+@dataclass(frozen=True)
+class ExactLists:
+    """Users for whom approximate lists are compared with the exact ones.
+
+    Attributes:
+        parts: of the bundle.
+        histories: item rows of each user, oldest first.
+        users: who they are.
+    """
+
+    parts: Parts
+    histories: list[Rows]
+    users: str
+
+    @classmethod
+    def of(cls, parts: Parts) -> "ExactLists":
+        """Return validation users of the run that the bundle is in; made-up ones, if it was moved from there."""
+        dataset = _dataset(parts.bundle)
+        if dataset is None or not (dataset.validation_U >= 0).any():
+            return cls(parts, sample_histories(parts, USERS), f"{USERS} made-up users: the bundle is not in its run")
+        row_of = {str(item): row for row, item in enumerate(parts.bundle.catalogue.ids.to_pylist())}
+        batch = EvalBatch.of(dataset, dataset.targets("validation", USERS))
+        ids = ([str(dataset.item_ids[int(row)]) for row in history] for history in batch.histories)
+        rows = [np.array([row_of[item] for item in own if item in row_of], np.int64) for own in ids]
+        return cls(parts, rows, f"{len(rows)} validation users")
+
+    @cached_property
+    def queries(self) -> Float32:
+        """The users' exact vectors, (B, V, F)."""
+        return self.parts.dense.users(self.histories)
+
+    def overlap(self, search: Callable[[Float32, int], Rows], queries: Float32 | None = None) -> float:
+        """Return the share of the exact K best new items that are in the lists of an approximation.
+
+        Items of equal score count alike.
+
+        Args:
+            search: returns the rows of the k items of the largest inner product with queries (V, F); -1 is none.
+            queries: approximate vectors of the users, (B, V, F); the exact ones by default.
+        """
+        form, scores = self.parts.dense, self.parts.scored(self.histories)
+        shares = []
+        for user, query in enumerate(self.queries if queries is None else queries):
+            history = self.histories[user]
+            found = search(np.ascontiguousarray(query), min(len(form.items_NF), K + len(history)))
+            ((rows_K, _),) = form.best(query[None], [history], [np.unique(found[found >= 0])], K)
+            scores_N = scores.block(slice(user, user + 1))[0].numpy()
+            scores_N[history] = -np.inf
+            best_K = np.sort(scores_N)[::-1][:K]
+            best_K = best_K[best_K > -np.inf]
+            if len(best_K):
+                least = best_K[-1] - 1e-5 * np.abs(best_K[-1])
+                shares.append((scores_N[rows_K] >= least).sum() / len(best_K))
+        return float(np.mean(shares))
+
+
+def _dataset(bundle: Bundle) -> PreparedDataset | None:
+    """Return the dataset that a bundle was made from, if it is where the run has it."""
+    directory = bundle.directory.resolve().parent / "prepare"
+    try:
+        made_from = bundle.manifest["made_from"].get("prepare")
+        if not (directory / MANIFEST).exists() or read_manifest(directory, "prepare")["hash"] != made_from:
+            return None
+        return PreparedDataset.open(directory)
+    except (UserError, OSError):  # damaged, or without permission: it is only measured with
+        return None
+
+
+# ---- targets
 
 
 @dataclass(frozen=True)
@@ -47,23 +130,27 @@ class Vectors(Target):
 
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
-        form, bundle = parts.dense, parts.bundle
+        row, bundle = parts.dense.row, parts.bundle
         catalogue = bundle.catalogue
-        size = form.items_NF.shape[1]
-        values = pa.FixedSizeListArray.from_arrays(pa.array(form.items_NF.ravel()), size)
+        size = row.items_NF.shape[1]
+        values = pa.FixedSizeListArray.from_arrays(pa.array(row.items_NF.ravel()), size)
         columns = {"id": catalogue.ids, "values": values, "title": catalogue.titles, "text": catalogue.texts}
         pq.write_table(pa.table({**columns, "train_count": catalogue.counts_N}), directory / ITEMS, compression="zstd")
-        for name, (ranker, _) in form.sparse.items():
+        weights = dict[str, float]()
+        for name, weight_N in row.table_weights.items():
+            table_NN, weights[name] = bundle.near[name], row.parts[name].weight
+            if (weight_N != weights[name]).any():
+                table_NN, weights[name] = table_NN.copy(), 1.0
+                table_NN.data *= factor_of_sums(weight_N)[table_NN.indices]
             (directory / TABLES).mkdir(exist_ok=True)
-            write_rows([pairs_of(ranker.table_NN)], directory / TABLES / f"{name}.parquet", SCHEMA)
-        rule = bundle.facts["neighbours"] or {"newest": 0, "decay": 1.0}
+            write_rows([pairs_of(table_NN)], directory / TABLES / f"{name}.parquet", SCHEMA)
         facts = {
-            "row": bundle.facts["row"],
+            "row": row.name,
             "items": len(catalogue.titles),
             "dim": size,
-            "neighbours": {name: float(weight) for name, (_, weight) in form.sparse.items()},
-            "newest": rule["newest"],
-            "decay": rule["decay"],
+            "neighbours": weights,
+            "newest": row.newest,
+            "decay": row.decay,
         }
         write_json(directory / FACTS, facts)
         return {}

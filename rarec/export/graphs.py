@@ -64,29 +64,30 @@ class SourceGraph(nn.Module):
             rows_BS: item rows, oldest first, padded on the right.
             lengths_B: number of items of each history.
         """
-        if self.map is None:
-            return self._users(rows_BS, lengths_B)
-        known_BS = (self.read_NE[rows_BS] != 0).any(-1) & (torch.arange(rows_BS.shape[1]) < lengths_B[:, None])
-        at_BS = torch.where(known_BS, known_BS.long().cumsum(1) - 1, rows_BS.shape[1])  # the unknown go to the end
-        rows_BS = nn.functional.pad(torch.zeros_like(rows_BS), (0, 1)).scatter(1, at_BS, rows_BS)[:, :-1]
-        lengths_B = known_BS.sum(1)
-        users_BKE: Tensor = self.map(self._users(rows_BS, lengths_B))
+        if self.model is None or self.map is not None:  # a rule, and another model than the alignment's
+            rows_BS, lengths_B = self._known(rows_BS, lengths_B)
+        users_BKE = self._users(rows_BS, lengths_B)
+        if self.map is not None:
+            users_BKE = self.map(users_BKE)
         return users_BKE * (lengths_B > 0)[:, None, None]
 
+    def _known(self, rows_BS: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the items of each history that have a vector, and how many there are."""
+        length = rows_BS.shape[1]
+        known_BS = (self.read_NE[rows_BS] != 0).any(-1) & (torch.arange(length) < lengths_B[:, None])
+        at_BS = torch.where(known_BS, known_BS.long().cumsum(1) - 1, length)  # the unknown go to the end
+        known_rows_BS = nn.functional.pad(torch.zeros_like(rows_BS), (0, 1)).scatter(1, at_BS, rows_BS)[:, :-1]
+        return known_rows_BS, known_BS.sum(1)
+
     def _users(self, rows_BS: Tensor, lengths_B: Tensor) -> Tensor:
-        if self.model is not None:
-            rows_BS, lengths_B = _newest(rows_BS, lengths_B, self.model.max_history)
-            states_BSKE = self.model(self.read_NE[rows_BS], lengths_B)
-            last_B111 = (lengths_B - 1).clamp(min=0)[:, None, None, None]
-            at_B1KE = last_B111.expand(-1, 1, states_BSKE.shape[2], states_BSKE.shape[3])
-            last_BKE: Tensor = states_BSKE.gather(1, at_B1KE)[:, 0]
-            return last_BKE * (lengths_B > 0)[:, None, None]
+        most = len(self.weights_T) if self.model is None else self.model.max_history
+        rows_BS, lengths_B = _newest(rows_BS, lengths_B, most)
         vectors_BSE = self.read_NE[rows_BS]
-        inside_BS = torch.arange(rows_BS.shape[1]) < lengths_B[:, None]
-        known_BS = inside_BS & (vectors_BSE != 0).any(-1)
-        age_BS = known_BS.long().flip(1).cumsum(1).flip(1) - 1  # among the items with a vector; the newest is 0
-        read_BS = known_BS & (age_BS < self.weights_T.shape[0])
-        weights_BS = self.weights_T[age_BS.clamp(0, self.weights_T.shape[0] - 1)] * read_BS
+        age_BS = lengths_B[:, None] - 1 - torch.arange(most)
+        if self.model is not None:
+            states_BSKE: Tensor = self.model(vectors_BSE, lengths_B)
+            return states_BSKE.masked_fill((age_BS != 0)[:, :, None, None], 0).sum(1)
+        weights_BS = self.weights_T[age_BS.clamp(min=0)] * (age_BS >= 0)
         weights_BS = weights_BS / weights_BS.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return torch.einsum("bs,bse->be", weights_BS, vectors_BSE)[:, None]
 
@@ -119,7 +120,7 @@ class QueryGraph(nn.Module):
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         facts = parts.bundle.facts
-        self.dense = tuple(parts.dense.dense)
+        self.dense = tuple(parts.dense.row.dense)
         variant = facts["model"]["variant"]["name"] if facts["model"] else None
         self.variant = variant if variant in self.dense else None
         self.id_model = facts["id_model"]

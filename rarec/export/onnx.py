@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.export import CATALOGUE, ITEM, TABLES, TOKENIZER, Target, raise_if_far
-from rarec.export.approximation import ExactLists, K
-from rarec.export.formats import add_facts
+from rarec.export.formats import ExactLists, K, add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, write_graph
 from rarec.models.build import slots_reserved
 from rarec.models.towers import side_batch
@@ -50,7 +49,7 @@ class Onnx(Target):
     def write(self, parts: Parts, directory: Path) -> dict[str, Any]:
         """See `Target`."""
         histories = sample_histories(parts, CHECKED)
-        expected = queries_of(parts, histories)
+        expected = parts.dense.users(histories)
         graph = QueryGraph(parts)
         inputs = graph.inputs_of(histories)
         queries = write_graph(graph, inputs, "query", directory / QUERY)
@@ -89,33 +88,22 @@ def copy_beside(directory: Path, *names: str) -> None:
         shutil.copyfile(Path(__file__).with_name(name), directory / name)
 
 
-def queries_of(parts: Parts, histories: Sequence[npt.NDArray[np.int64]]) -> Float32:
-    """Return the bundle's vectors, (B, K, F)."""
-    users = parts.dense.users(histories)
-    return users.reshape(len(users), -1, users.shape[-1])
-
-
 def _write_parts(parts: Parts, item: Mapping[str, Any] | None, directory: Path) -> dict[str, Any]:
     """Write the catalogue and the single parts; return the facts that a recommender needs of them."""
-    bundle = parts.bundle
+    bundle, row = parts.bundle, parts.row
     bundle.catalogue.write(directory / CATALOGUE)
     tables: dict[str, Any] = {}
     facts: dict[str, Any] = {}
-    for name, part in parts.described.items():
+    for name, part in row.parts.items():
         given = {"vectors": part.vectors_NZ, "lacking": part.lacking_N}
         tables |= {f"{name}/{field}": table for field, table in given.items() if table is not None}
         facts[name] = {key: getattr(part, key) for key in ("title", "weight", "slope", "knows_new")}
     np.savez(directory / TABLES, **tables)
-    rule = {
-        "untitled": bundle.facts["tables"]["items"]["untitled"],
-        "top": (bundle.facts["neighbours"] or {}).get("top"),
-    }
-    variant = bundle.facts["model"] and bundle.facts["model"]["variant"]["name"]
     return {
         "parts": facts,
-        "compared": next((name for name in (variant, "id") if name in facts), None),
+        "compared": row.compared,
         "date": bundle.date,
-        "words": dict.fromkeys(parts.new_items, rule),
+        "words": {name: {"untitled": row.untitled, "top": row.top} for name in row.new_items(bundle.catalogue)},
         "item": item,
     }
 

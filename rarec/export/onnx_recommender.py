@@ -4,6 +4,7 @@ Shape letters: B users, N catalogue, V vectors of a user, Z size of a scored vec
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered, Part, Rows
-from rarec.bundle.catalogue import COLUMNS, Catalogue
+from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered, Rows
+from rarec.bundle.recommended import COLUMNS, Catalogue
+from rarec.bundle.row import Part, Row, Table
 from rarec.bundle.rules import Plan
 from rarec.config.method import Prompt
 from rarec.errors import UserError
 from rarec.export import AGAIN, CATALOGUE, ITEM, TABLES, TOKENIZER
 from rarec.export.rarec_client import BATCH, Client, run
+from rarec.neighbours.scores import factor_of_sums
 from rarec.prompts import PromptPair, TextTokenizer, lay_out
 
 NEED_PARTS = ("similar", "explain", "compare", "place", "diversify")
@@ -39,32 +42,41 @@ class OnnxRecommender(BaseRecommender):
     def __init__(self, folder: Path, row: str, threads: int = 0, batch: int | None = None) -> None:
         self._client = client = Client(folder, threads, batch=batch or BATCH)
         self._facts: Mapping[str, Any] = client.facts.get("recommender", {"parts": {}, "compared": None, "date": None})
-        self._parts = self._read_parts()
-        if self._parts:
+        if self._facts["parts"]:
             catalogue = Catalogue.read(Path(client.checked(CATALOGUE)).read_bytes())
         else:
             items = pq.read_table(client.checked("items.parquet"), columns=["id", "title", "text", "train_count"])
             catalogue = Catalogue.of(items.rename_columns(list(COLUMNS)))
-        compared = self._parts.get(self._facts["compared"] or "")
-        vectors = compared.vectors_NZ if compared else None
-        if compared and vectors is not None and compared.lacking_N is not None:
-            vectors = np.where(compared.lacking_N[:, None], np.float32(0), vectors)
-        super().__init__(row, catalogue, self._facts["date"], vectors, lists=False)
+        super().__init__(self._read_row(row), catalogue, self._facts["date"])
         self.missing = self._missing()
 
-    def _read_parts(self) -> dict[str, Part]:
-        facts = self._facts["parts"]
+    def _read_row(self, name: str) -> Row:
+        facts, client = self._facts["parts"], self._client
         own: dict[str, npt.NDArray[Any]] = {}
         if facts:
-            with np.load(self._client.checked(TABLES), allow_pickle=False) as tables:
+            with np.load(client.checked(TABLES), allow_pickle=False) as tables:
                 own = dict(tables)
-        return {
+        parts = {
             name: Part(**part, vectors_NZ=own.get(f"{name}/vectors"), lacking_N=own.get(f"{name}/lacking"))
             for name, part in facts.items()
         }
+        exported = {name: client.tables[name] for name in parts if name in client.tables}
+        rule: Mapping[str, Any] = next(iter(self._facts.get("words", {}).values()), {})
+        row = Row(name, parts, exported, client.facts["newest"], client.facts["decay"], self._facts["compared"], **rule)
+        return replace(row, tables={name: self._own_table(row, name) for name in exported})
+
+    def _own_table(self, row: Row, name: str) -> Table:
+        """Return a neighbour table with its own scores, which are scaled in the client's where it predicts others."""
+        starts, neighbours, values = row.tables[name]
+        weight_N = row.table_weights[name]
+        exported = self._client.facts["neighbours"][name]
+        factor_N = np.divide(exported, weight_N, out=np.ones(len(weight_N)), where=weight_N > 0)
+        if (factor_N == 1).all():
+            return row.tables[name]
+        return starts, neighbours, (values * factor_of_sums(factor_N)[neighbours]).astype(np.float32)
 
     def _missing(self) -> dict[str, NotOffered]:
-        if not self._parts:
+        if not self._row.parts:
             error = NotOffered(f"{self._client.folder} was written by an earlier version: it lacks single parts", AGAIN)
             return dict.fromkeys(NEED_PARTS, error)
         if ITEM not in self._client.files:
@@ -93,61 +105,6 @@ class OnnxRecommender(BaseRecommender):
         queries: Float32 = self._client.queries([history.tolist() for history in histories])
         return queries
 
-    def part_scores(self, history: Rows) -> dict[str, Float32]:
-        """See `BaseRecommender`."""
-        (query_VF,) = self.queries([history])
-        scores = dict[str, Float32]()
-        start = 0
-        for name, part in self._parts.items():
-            if part.vectors_NZ is None:
-                scores[name] = self._client.table_scores(name, history.tolist()) / self._factors_N.get(name, 1)
-            else:
-                end = start + part.vectors_NZ.shape[1]
-                scores[name] = np.einsum("nz,vz->nv", part.vectors_NZ, query_VF[:, start:end]).max(1)
-                start = end
-        return scores
-
-    @cached_property
-    def _factors_N(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Return by what the exported table of the first part exceeds its own scores, (N,); see `DenseForm.of`."""
-        (name, first), *others = self._parts.items()
-        added = [
-            part.weight * part.slope * part.lacking_N
-            for _, part in others
-            if part.lacking_N is not None and part.lacking_N.any() and part.weight * part.slope
-        ]
-        if first.vectors_NZ is not None or not added:
-            return {}
-        factor_N = first.weight + np.sum(added, axis=0)
-        return {name: np.where(factor_N > 0, factor_N, 1.0)}
-
-    @property
-    def row_parts(self) -> Mapping[str, Part]:
-        """See `BaseRecommender`."""
-        return self._parts
-
-    @cached_property
-    def new_items(self) -> Mapping[str, Any]:
-        """See `BaseRecommender`."""
-        if not self._facts["words"]:
-            return {}
-        from scipy.sparse import csr_matrix
-
-        from rarec.neighbours.lexical import Lexical
-
-        known, count = self.catalogue, len(self.items)
-        finders = {}
-        for name, rule in self._facts["words"].items():
-            starts, neighbours, scores = self._client.tables[name]
-            table_NN = csr_matrix((scores, neighbours, starts), (count, count))
-            finders[name] = Lexical.new_items(known.titles, known.texts, rule["untitled"], table_NN, rule["top"])
-        return finders
-
-    @property
-    def newest_and_decay(self) -> tuple[int, float]:
-        """See `BaseRecommender`."""
-        return self._client.facts["newest"], self._client.facts["decay"]
-
     def encode_new(self, title: str, text: str) -> Float32:
         """See `BaseRecommender`."""
         if self._item is None:
@@ -168,15 +125,6 @@ class OnnxRecommender(BaseRecommender):
             return None
         tokenizer = ExportedTokenizer(self._client.checked(TOKENIZER), facts["tokenizer"])
         return facts, tokenizer, self._client.session(ITEM)
-
-    def neighbours(self, row: int) -> Rows:
-        """See `BaseRecommender`."""
-        tables = sorted(self._client.tables, key=lambda name: (name != "cooccurrence", name))
-        if not tables:
-            return np.empty(0, np.int64)
-        starts, neighbours, scores = self._client.tables[tables[0]]
-        own = slice(starts[row], starts[row + 1])
-        return np.asarray(neighbours[own][np.argsort(-scores[own])], np.int64)
 
 
 class ExportedTokenizer(TextTokenizer):

@@ -12,9 +12,9 @@ import onnxruntime
 import pyarrow.parquet as pq
 
 try:
-    from rarec_scores import newest_first, score  # the copy in an exported folder
+    from rarec_scores import table_scores  # the copy in an exported folder
 except ImportError:
-    from rarec.neighbours.scores import newest_first, score
+    from rarec.neighbours.scores import table_scores
 
 BATCH = 32
 
@@ -115,18 +115,8 @@ class Client:
         """Return what the neighbour tables add to the score of each item, (N,)."""
         added = np.zeros(len(self.ids), np.float32)
         for name, weight in self.facts["neighbours"].items():
-            added += weight * self.table_scores(name, history)
+            added += weight * table_scores(self.tables[name], history, self.facts["newest"], self.facts["decay"])
         return added
-
-    def table_scores(self, name: str, history: list[int]) -> Any:
-        """Return the score of each item by a neighbour table, (N,)."""
-        starts, neighbours, values = self.tables[name]
-        sums = np.zeros(len(self.ids), np.float32)
-        items, factors, _ = newest_first([history], self.facts["newest"], self.facts["decay"])
-        for item, factor in zip(items, factors.tolist(), strict=True):
-            part = slice(starts[item], starts[item + 1])
-            sums[neighbours[part]] += factor * values[part]
-        return score(sums)
 
     def inputs(self, rows: list[list[int]], prompts: Any = ()) -> dict[str, Any]:
         """Return the graph's inputs after histories of item rows, whose prompts may be there already."""

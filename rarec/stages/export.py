@@ -105,8 +105,8 @@ class ExportStage(Stage):
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
-        from rarec.bundle.catalogue import Catalogue
-        from rarec.bundle.columns import columns_of
+        from rarec.bundle.items import columns_of
+        from rarec.bundle.recommended import Catalogue
         from rarec.bundle.write import Contents
 
         run = self.run

@@ -82,14 +82,10 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a temporary binary file; fsync it and rename it to `path`. On an error nothing is left.
 
     What a killed process left under the same name is removed.
-
-    Args:
-        path: of the file.
-        replace: replace what is there; otherwise FileExistsError.
     """
     remove_stale(path.parent, path.name)
     temporary = temporary_path(path)
@@ -98,10 +94,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if replace:
-                temporary.replace(path)
-            else:
-                path.hardlink_to(temporary)  # fails where something is, unlike a rename
+            temporary.replace(path)
     except Exception as error:
         error.add_note(f"while {path} was written")  # an error of writing, as on a full disk, names no file
         raise

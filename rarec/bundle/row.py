@@ -1,0 +1,200 @@
+"""The row that is served, as every engine reads it: its parts, and how they are fused. Needs no torch.
+
+A row has a dense form: one table of item vectors, what any vector index takes, and the neighbour tables that are added
+to it. The score of a user and an item is the inner product of their vectors there, plus that of the neighbour tables,
+which is not zero for the few items alone that they list.
+
+Shape letters: N catalogue, V vectors of a user, Z size of a scored vector, F size of the fused vectors, P pairs of a
+neighbour table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from rarec.bundle.recommended import Catalogue
+from rarec.config.neighbours import built_in
+from rarec.errors import UserError
+from rarec.neighbours.scores import known, predicted, table_scores
+
+if TYPE_CHECKING:
+    from rarec.neighbours.base import NewItems
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
+Table = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], Float32]
+"""A neighbour table by item: where the item's neighbours begin and end (N + 1,), all neighbours (P,), their scores."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the row; see `FusedRanker`.
+
+    Attributes:
+        title: its name in answers.
+        weight: of its scores.
+        slope: of its scores over those of the first part.
+        knows_new: whether it scores items without training interactions.
+        vectors_NZ: item vectors; None of a neighbour table.
+        lacking_N: marks items that it knows nothing of; None for none.
+    """
+
+    title: str
+    weight: float
+    slope: float
+    knows_new: bool
+    vectors_NZ: Float32 | None
+    lacking_N: Mask | None
+
+    @property
+    def known_N(self) -> Mask | slice:
+        """The items with whose mean its unknown items are compared: those that it knows, or else all."""
+        return slice(None) if self.lacking_N is None else known(self.lacking_N)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The row that is served.
+
+    Attributes:
+        name: in the results, such as `per_layer+id`.
+        parts: by name, in the order of the fusion.
+        tables: of the parts that are neighbour tables, by name.
+        newest: number of items of a history that neighbour tables read.
+        decay: factor by each older item.
+        compared: name of the part by whose vectors items are compared, if there is one.
+        untitled: the text that replaces a missing title.
+        top: number of neighbours that a table keeps of each item.
+    """
+
+    name: str
+    parts: Mapping[str, Part]
+    tables: Mapping[str, Table]
+    newest: int
+    decay: float
+    compared: str | None
+    untitled: str = ""
+    top: int = 0
+
+    @cached_property
+    def dense(self) -> dict[str, Part]:
+        """The parts that have vectors, by name; the searched vectors are those of these parts, side by side."""
+        return {name: part for name, part in self.parts.items() if part.vectors_NZ is not None}
+
+    @property
+    def lists(self) -> bool:
+        """Whether the row scores the few items alone that it lists for a user."""
+        return bool(self.tables) and not self.dense
+
+    @cached_property
+    def compared_NZ(self) -> Float32 | None:
+        """The vectors by which items are compared, zero where the part lacks an item; None where there are none."""
+        if self.compared is None:
+            return None
+        vectors_NZ, lacking_N = self.parts[self.compared].vectors_NZ, self.parts[self.compared].lacking_N
+        if vectors_NZ is None or lacking_N is None or not lacking_N.any():
+            return vectors_NZ
+        return np.where(lacking_N[:, None], np.float32(0), vectors_NZ)
+
+    @cached_property
+    def items_NF(self) -> Float32:
+        """The item vectors of the dense form: those of each dense part times its weight, side by side.
+
+        Where a part lacks an item, what the first part predicts is in the item's vector of the first part.
+        """
+        tables = [part.weight * part.vectors_NZ for part in self.dense.values() if part.vectors_NZ is not None]
+        first = next(iter(self.parts.values()))
+        if first.vectors_NZ is not None:
+            first_ZN = first.vectors_NZ.T.astype(np.float64)
+            for part, lacking_N in self._lacking.values():
+                tables[0] = tables[0] + part.weight * predicted(first_ZN, lacking_N, part.slope, lists=False).T
+        count = len(tables[0]) if tables else len(next(iter(self.tables.values()))[0]) - 1
+        return np.concatenate([np.zeros((count, 0)), *tables], 1, dtype=np.float32)
+
+    @cached_property
+    def table_weights(self) -> dict[str, Float64]:
+        """The weight of each item's score by each neighbour table, (N,) by name.
+
+        Where a part lacks an item, what the first part predicts is in the weight by the first part, if it is a table.
+        """
+        weights = {
+            name: np.full(len(starts) - 1, self.parts[name].weight) for name, (starts, *_) in self.tables.items()
+        }
+        first = next(iter(self.parts), None)
+        if first in weights:
+            for part, lacking_N in self._lacking.values():
+                weights[first] += part.weight * predicted(np.ones(len(lacking_N)), lacking_N, part.slope, lists=True)
+        return weights
+
+    def check_form(self) -> None:
+        """Refuse a row whose scores no table of vectors, with neighbour tables of positive scores, has.
+
+        Raises:
+            UserError: no part has vectors; or what an item's neighbours say lowers its score.
+        """
+        problem = None
+        if self.lists:
+            problem = "this row has no vectors: no table of vectors has its scores"
+        elif any((weight_N < 0).any() for weight_N in self.table_weights.values()):
+            problem = "this row lowers the score of items by their neighbours: no table has its scores"
+        if problem:
+            raise UserError(problem, "export a row with a variant: VARIANT+id")
+
+    @cached_property
+    def _lacking(self) -> dict[str, tuple[Part, Mask]]:
+        """The parts after the first that lack items, by name, with marks of these (N,)."""
+        others = list(self.parts.items())[1:]
+        lacking = {name: (part, mask_N) for name, part in others if (mask_N := part.lacking_N) is not None}
+        return {name: (part, mask_N) for name, (part, mask_N) in lacking.items() if mask_N.any()}
+
+    def part_scores(self, query_VF: Float32, history: Rows) -> dict[str, Float32]:
+        """Return the scores of the catalogue by each part alone, (N,) by name.
+
+        Args:
+            query_VF: vectors of the user.
+            history: item rows, oldest first.
+        """
+        scores = dict[str, Float32]()
+        start = 0
+        for name, part in self.parts.items():
+            if part.vectors_NZ is None:
+                scores[name] = table_scores(self.tables[name], history, self.newest, self.decay)
+            else:
+                end = start + part.vectors_NZ.shape[1]
+                scores[name] = np.einsum("nz,vz->nv", part.vectors_NZ, query_VF[:, start:end]).max(1)
+                start = end
+        return scores
+
+    def fused(self, scores: Mapping[str, Float32]) -> dict[str, Float32]:
+        """Return the scores of the parts, with those that are predicted for the items that a part lacks."""
+        first = next(iter(self.parts))
+        fused = dict(scores)
+        for name, (part, lacking_N) in self._lacking.items():
+            fused[name] = scores[name] + predicted(scores[first], lacking_N, part.slope, lists=first in self.tables)
+        return fused
+
+    def neighbours(self, item: int) -> Rows:
+        """Return the items that are bought with one, best first, by a table of the row; none where it has none."""
+        if not self.tables:
+            return np.empty(0, np.int64)
+        starts, neighbours, scores = self.tables[min(self.tables, key=lambda name: (name != "cooccurrence", name))]
+        own = slice(starts[item], starts[item + 1])
+        return neighbours[own][np.argsort(-scores[own])].astype(np.int64)
+
+    def new_items(self, catalogue: Catalogue) -> "dict[str, NewItems]":
+        """Return what finds the neighbours of new items, for each table whose model is of rarec and knows them."""
+        from scipy.sparse import csr_matrix
+
+        finders = {}
+        for name, (starts, neighbours, scores) in self.tables.items():
+            model = built_in(name)
+            if model is not None and model.knows_new_items:
+                table_NN = csr_matrix((scores, neighbours, starts), (len(starts) - 1, len(starts) - 1))
+                finders[name] = model.new_items(catalogue.titles, catalogue.texts, self.untitled, table_NN, self.top)
+        return finders
