@@ -24,8 +24,8 @@ from rarec.config.load import PRESET, above_preset, parse_override, read_tree, s
 from rarec.config.section import Folder, Section, Seed
 from rarec.errors import UserError
 from rarec.stages import STAGES
+from rarec.stages.data import LLM_FIELDS
 from rarec.stages.run import Run
-from rarec.stages.shards import LLM
 
 if TYPE_CHECKING:
     StageName = str
@@ -198,7 +198,7 @@ def _same_llm(run: Run) -> bool:
         recorded = read_tree(run.config_file).get("llm")
     except UserError:
         return False
-    wanted = run.config.llm.model_dump(mode="json", include=set(LLM))
+    wanted = run.config.llm.model_dump(mode="json", include=set(LLM_FIELDS))
     return isinstance(recorded, dict) and all(recorded.get(name) == value for name, value in wanted.items())
 
 

@@ -81,6 +81,11 @@ def cores() -> float:
     return min(affinity, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else affinity
 
 
+def has_bfloat16() -> bool:
+    """Return whether this machine's processor multiplies bfloat16 itself, without emulation."""
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", read_text("/proc/cpuinfo")) is not None
+
+
 def memory() -> int:
     """Return the bytes of memory: the machine's, or its container's if that is less."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rarec.distributed.hardware import cores, memory, read_text
+from rarec.distributed.hardware import cores, has_bfloat16, memory
 from rarec.version import __version__
 
 GIB = 2**30
@@ -133,8 +133,7 @@ def devices() -> Iterator[Check]:
     elif not has_cuda:
         yield Check("GPU", "note", "torch finds none; everything runs on the CPU")
     where = "the GPU" if has_cuda else "this CPU"
-    flags = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", read_text("/proc/cpuinfo"))
-    native = torch.cuda.is_bf16_supported() if has_cuda else flags
+    native = torch.cuda.is_bf16_supported() if has_cuda else has_bfloat16()
     yield check("bf16", native, f"{where} computes in bf16", f"{where} only emulates bf16: use llm.dtype=float32")
     available = {"gloo": torch.distributed.is_gloo_available, "nccl": torch.distributed.is_nccl_available}
     backends = [name for name, test in available.items() if torch.distributed.is_available() and test()]

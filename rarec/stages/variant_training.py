@@ -76,7 +76,7 @@ def _fit(
         accelerator.init_trackers("log")
     try:
         with stop_signals() as signals:
-            trainer.run(state, lambda steps, done: TrainingLog(log, accelerator, steps, done, variant.name), signals)
+            trainer.run(state, TrainingLog(log, accelerator, trainer.steps, state.step, variant.name), signals)
             return bool(signals)
     finally:
         trainer.optimisation.end()

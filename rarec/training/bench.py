@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rarec.config import RunConfig
+from rarec.distributed.hardware import has_bfloat16
 from rarec.training.batches import Batch
 from rarec.training.loop import Trainer
 
@@ -73,7 +74,7 @@ class StepProfile:
             yield f"{self.padding:.0%} is padding: {budget} fills steps by tokens, not by samples"
         if llm.gradient_checkpointing:
             yield "recomputing blocks costs a third: `rarec plan` says if llm.gradient_checkpointing=false fits"
-        if device == "cpu" and llm.dtype == "float32" and _has_bfloat16():
+        if device == "cpu" and llm.dtype == "float32" and has_bfloat16():
             yield "this processor multiplies bfloat16: llm.dtype=bfloat16 (another model: make the shards again)"
         if device == "cuda" and not llm.compile:
             yield "llm.compile=true compiles the blocks, for trainings of more than some hundred steps"
@@ -139,8 +140,3 @@ def _now(trainer: Trainer) -> float:
     if trainer.world.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _has_bfloat16() -> bool:
-    capabilities: Callable[[], Any] = torch.cpu.get_capabilities
-    return bool(capabilities().get("avx512_bf16") or capabilities().get("amx_bf16"))

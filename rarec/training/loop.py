@@ -120,25 +120,23 @@ class Trainer:
     world: World
     steps: int
 
-    def run(
-        self, state: TrainingState, log: Callable[[int, int], TrainingLog], signals: Sequence[int]
-    ) -> TrainingState:
+    def run(self, state: TrainingState, records: TrainingLog, signals: Sequence[int]) -> TrainingState:
         """Train to the last step, or until validation stops improving.
 
         Args:
             state: where to resume; the moments are read from its checkpoint.
-            log: opens the log, given the number of steps and of those already done.
+            records: the log; it is closed at the end.
             signals: that have arrived: with the first, training stops after a checkpoint.
 
         Raises:
             UserError: the loss is not finite; the message names the batch, and the last good checkpoint stays.
             Stopped: a signal has arrived.
         """
-        if state.step:
-            self.optimisation.resume(self.checkpoints.moments(state.step), state.step)
-        records, meter = log(self.steps, state.step), DeviceMeter.of(self.model, self.world.device)
-        self.model.train()
         try:
+            if state.step:
+                self.optimisation.resume(self.checkpoints.moments(state.step), state.step)
+            meter = DeviceMeter.of(self.model, self.world.device)
+            self.model.train()
             with self.loader.open(state.step, self.steps) as batches:
                 while state.step < self.steps and state.worse < self.config.patience:
                     metrics, gradient_norms = self._step(batches, state, signals)
