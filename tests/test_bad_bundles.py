@@ -230,6 +230,7 @@ HARMS = {
     "a rule that is none": (users(kind="rule", rule="newest", half_life=1.0, max_history=3), "sources.id.users"),
     "a negative decay": (neighbours(decay=-0.5), "neighbours.decay"),
     "a decay that is no number": (neighbours(decay=float("nan")), "neighbours.decay"),
+    "a fact of the language model that is not finite": (model(lambda m: m["llm"].update(kind=float("nan"))), FACTS),
     "a weight that is not finite": (facts(parts={"popularity": {"weight": 1e999, "slope": 0.0}}), "weight"),
     "columns of the log that are none": (
         lambda bundle: sealed(bundle, tables={**read_json(bundle / FACTS)["tables"], "interactions": {"user": 7}}),

@@ -172,6 +172,7 @@ class Bundle:
                 problem = f"{where} has the `schema` {schema!r}, this version of rarec reads {SCHEMA}"
                 raise UserError(problem, f"update rarec, or {REMEDY}")
             validated(BundleFacts, facts, str(where), remedy=REMEDY)
+            json.dumps(facts, allow_nan=False)  # NaN where the schema takes anything: no new version could be written
             named = own_parts(facts)
         for name in named:
             if self.trusted is not None and name not in self.trusted:
