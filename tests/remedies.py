@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.commands import Command, run_command
+from tests.tiny_runs import BUNDLE
 
 COMMAND = re.compile(r"\brarec (\w+) (?:CONFIG|\S+\.yaml)((?: (?:--[\w-]+|[\w.]+=[^\s;,]+))*)")
 DELETE = re.compile(r"\b(?:delete|remove) (\S+?)[,;:.]?(?= |$)")
@@ -82,8 +83,8 @@ class Patient:
         found = COMMAND.search(text)
         if not found:
             return None
-        stage, config, *rest = self.command.words
-        config = "config.yaml" if stage == "recommend" else config  # that takes a bundle
+        _, config, *rest = self.command.words
+        config = "config.yaml" if BUNDLE in self.command.words else config
         words = [found[1], config, *found[2].split(), *(word for word in rest if "=" in word)]
         if self.depth == ROUNDS:
             raise Useless(f"rarec {' '.join(words)} does not help: {message.strip()[-300:]}")

@@ -38,10 +38,12 @@ class Answers:
     Attributes:
         seconds: until each answer with status 200, and the moment of that answer.
         refused: number of other answers, by status and problem.
+        check: is called with the request and the answer with status 200.
     """
 
     seconds: list[tuple[float, float]] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
+    check: Callable[[bytes, bytes], None] = lambda request, answer: None
 
     def goodput(self, start: float, end: float, timeout: float) -> float:
         """Return the answers a second that came within the timeout, in a span of time."""
@@ -76,7 +78,7 @@ class Connection(asyncio.Protocol):
 
     def ask(self, body: bytes, asked: float, patience: float) -> None:
         """Send a request that should have been sent at a moment."""
-        self._asked = asked
+        self._asked, self._request = asked, body
         self._giving_up = self._loop.call_later(patience, self._give_up)
         self.transport.write(HEAD + str(len(body)).encode() + b"\r\n\r\n" + body)
 
@@ -90,6 +92,7 @@ class Connection(asyncio.Protocol):
             self.refused = status != "200"
             if not self.refused:
                 self._answers.seconds.append((now - self._asked, now))
+                self._answers.check(self._request, body)
             else:
                 self._answers.refused[f"{status} {json.loads(body)['problem']}"] += 1
             self._done()

@@ -84,7 +84,7 @@ class Seen:
                     reader, writer = await asyncio.open_connection("127.0.0.1", port)
                 started = time.monotonic()
                 writer.write(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-                status, _, answer = await _answer(reader)
+                status, _, answer = await read_answer(reader)
             except (OSError, asyncio.IncompleteReadError):
                 self.statuses[-1] += 1
                 reader = None
@@ -101,7 +101,7 @@ class Seen:
         return any(len(items) < K or (answer["version"] == version and lacks in items) for items in lists)
 
 
-async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, str, bytes]:
     """Read the status, the head and the body of an answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(head.split("content-length: ")[1].split("\r\n")[0])
@@ -126,10 +126,12 @@ def requests(histories: list[list[Any]], users: tuple[int, int], count: int = 50
 
 
 @contextmanager
-def service(path: Path, backend: str = "torch", timeout: float = 60.0) -> Iterator[tuple[int, psutil.Process]]:
-    """Start a service of a bundle, or of a folder for ONNX Runtime; yield its port and process."""
+def service(
+    path: Path, backend: str = "torch", timeout: float = 60.0, **others: Any
+) -> Iterator[tuple[int, psutil.Process]]:
+    """Start a service of a bundle, or of a folder for ONNX Runtime, with other settings; yield its port and process."""
     with tempfile.TemporaryDirectory() as scratch:
-        settings = {"bundles": {"a": {"path": str(path.absolute())}}, "backend": backend, "timeout": timeout}
+        settings = {"bundles": {"a": {"path": str(path.absolute())}}, "backend": backend, "timeout": timeout, **others}
         Path(scratch, "serve.yaml").write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "rarec", "serve", "--settings", f"{scratch}/serve.yaml", "--port", "0"]
         with Path(scratch, "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
@@ -214,12 +216,17 @@ async def _swap(port: int, link: Path, seen: Seen, bodies: list[tuple[int, bytes
 
 async def _loaded(port: int) -> float:
     """Return how many bundles the service has loaded."""
+    return (await read_metrics(port))['rarec_bundles_total{event="loaded"}']
+
+
+async def read_metrics(port: int) -> dict[str, float]:
+    """Return what `/metrics` says, by name and labels."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    _, _, text = await _answer(reader)
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    _, _, text = await read_answer(reader)
     writer.close()
-    lines = [line for line in text.decode().splitlines() if line.startswith('rarec_bundles_total{event="loaded"}')]
-    return float(lines[0].split()[1])
+    lines = [line.rpartition(" ") for line in text.decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
 
 
 def main() -> None:
