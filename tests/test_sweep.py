@@ -307,6 +307,16 @@ def test_a_sweep_that_is_killed_resumes(world):
 
 
 @pytest.mark.slow
+def test_two_sweeps_at_once_wait_for_each_other(world):
+    path = write_sweep(world, {"one": None}, stages=["prepare", "ids"])
+    both = [begin(path), begin(path)]
+    said = [each.communicate(timeout=300)[1] for each in both]
+    assert [each.returncode for each in both] == [0, 0], said
+    (run,) = load_sweep(path).runs
+    assert state_of(run, ["prepare", "ids"]) == ("done", "ids")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_sweep_that_is_stopped_has_its_run_save_first(world, number, code):
     path = write_sweep(world, {"long": {"train.epochs": 100000, "train.validate_every": 100000}})

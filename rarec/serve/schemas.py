@@ -119,13 +119,13 @@ def _safe(item: Id) -> Id:
 AnswerId = Annotated[Id, PlainSerializer(_safe), Field(description="Text beyond 2^53, which requests take as well.")]
 
 
-class Answer(BaseModel):
+class AnswerModel(BaseModel):
     """What answers are made of."""
 
     model_config = ConfigDict(from_attributes=True, use_attribute_docstrings=True)
 
 
-class Found(Answer):
+class Found(AnswerModel):
     """One item, without a score."""
 
     item: AnswerId
@@ -138,7 +138,7 @@ class Item(Found):
     score: float
 
 
-class BaseAnswer(Answer):
+class BaseAnswer(AnswerModel):
     """The fields of every answer: its id, by which clicks are counted, and the bundle that gave it."""
 
     id: str
@@ -147,7 +147,7 @@ class BaseAnswer(Answer):
     version: str
 
 
-class UserItems(Answer):
+class UserItems(AnswerModel):
     """What one user gets."""
 
     items: list[Item]
