@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -23,6 +24,7 @@ from rarec.serve.guard import PATIENCE
 from rarec.serve.server import simple_length
 from rarec.serve.settings import settings_of
 from rarec.serve.telemetry import Metrics
+from rarec.storage.artefacts import MANIFEST
 from tests.recommending import exported
 from tests.serving import Service, command, own, service
 
@@ -283,3 +285,34 @@ def test_what_a_failed_load_had_in_memory_is_let_go(tmp_path):
     gc.collect()
     assert [weights() for weights in held] == [None]
     assert "out of memory" in str(manager.state()["default"]["trouble"])
+
+
+def test_a_bundle_that_was_replaced_is_let_go(tmp_path):
+    """Its parts refer to each other, so that Python alone keeps them until it collects its oldest objects."""
+    held: list[weakref.ref] = []
+
+    def load(settings, path):
+        weights = _Weights()
+        weights.own = weights
+        held.append(weakref.ref(weights))
+        return SimpleNamespace(catalogue=SimpleNamespace(titles=[]), row="text", weights=weights), path.name
+
+    current = tmp_path / "current"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text(name)
+    current.symlink_to("one")
+    manager = BundleManager(lambda: settings_of(current), load, Metrics())
+    manager.load()
+    gc.disable()
+    try:
+        manager.start()
+        current.unlink()
+        current.symlink_to("two")
+        end = time.monotonic() + 30
+        while (len(held) < 2 or held[0]() is not None) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [weights() is None for weights in held] == [True, False]
+    finally:
+        gc.enable()
+        manager.close()
