@@ -1,7 +1,9 @@
 """A bundle is a whole recommender: what it serves is what was evaluated, for every row, without the run."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,7 +117,9 @@ def test_the_slots_reach_the_model(recommender, copied):
     assert not np.allclose(blank.query_vectors(history), recommender.query_vectors(history), atol=1e-3)
     sizes = {name: source["dim"] for name, source in recommender.bundle.facts["sources"].items()}
     of_new = [
-        recommender.parts.encode_new(["lamp"], [""], {name: np.full((1, dim), value) for name, dim in sizes.items()})
+        recommender.parts.model.encode_new(
+            ["lamp"], [""], {name: np.full((1, dim), value) for name, dim in sizes.items()}
+        )
         for value in (np.float32(0), np.float32(1))
     ]
     assert not np.allclose(*of_new, atol=1e-3)
@@ -442,3 +446,18 @@ def test_facts_are_plain(bundle):
     facts = json.loads((bundle / FACTS).read_text())
     assert facts["parts"].keys() >= {"per_layer", "id", "lexical", "popularity"}
     assert all(part.keys() == {"weight", "slope"} for part in facts["parts"].values())
+
+
+def test_a_recommender_that_nobody_holds_is_gone_at_once(run):
+    """Nothing in it refers back to it: a service that swaps bundles would keep a language model for each swap."""
+    loaded = rarec.load(run.directory("export"), device="cpu")
+    loaded.recommend([loaded.items[:2]])
+    encoder = loaded.parts.encoder
+    held = [*map(weakref.ref, (loaded.parts, loaded.bundle, encoder.prompts, encoder.model))]
+    gc.collect()
+    gc.disable()
+    try:
+        del loaded, encoder
+        assert [kept() for kept in held] == [None] * len(held)
+    finally:
+        gc.enable()

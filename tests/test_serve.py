@@ -288,12 +288,11 @@ def test_what_a_failed_load_had_in_memory_is_let_go(tmp_path):
 
 
 def test_a_bundle_that_was_replaced_is_let_go(tmp_path):
-    """Its parts refer to each other, so that Python alone keeps them until it collects its oldest objects."""
+    """At once, and not when Python next looks for objects that refer to each other."""
     held: list[weakref.ref] = []
 
     def load(settings, path):
         weights = _Weights()
-        weights.own = weights
         held.append(weakref.ref(weights))
         return SimpleNamespace(catalogue=SimpleNamespace(titles=[]), row="text", weights=weights), path.name
 

@@ -89,7 +89,7 @@ def test_offline_its_states_are_those_of_the_bundle(llama, tmp_path):
     prompts = [tokens[tokens >= 0].tolist() for tokens in given["input_ids"]]
     (tmp_path / "asked.json").write_text(json.dumps(list(zip(prompts, salts, strict=True))))
     (tmp_path / "offline.py").write_text(OFFLINE)
-    paths = [llama.folder, llama.recommender.parts.llm_path, tmp_path / "asked.json", tmp_path / "states.npy"]
+    paths = [llama.folder, llama.recommender.parts.model.llm_path, tmp_path / "asked.json", tmp_path / "states.npy"]
     command = [PYTHON, str(tmp_path / "offline.py"), *map(str, paths)]
     own = {**environment(), "PYTHONPATH": str(llama.folder)}
     done = subprocess.run(command, env=own, capture_output=True, text=True)

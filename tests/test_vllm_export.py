@@ -32,7 +32,7 @@ def test_the_folder_says_how_it_is_served(llama):
     files = {path.name for path in llama.folder.iterdir()}
     assert {"serve.sh", "rarec_connector.py", "rarec_program.py", "program.safetensors", "rarec_vllm.py"} <= files
     script = (llama.folder / "serve.sh").read_text()
-    assert str(llama.recommender.parts.llm_path) in script
+    assert str(llama.recommender.parts.model.llm_path) in script
     for option in ("--no-enable-prefix-caching", "--kv-transfer-config", '"MEAN"'):
         assert option in script
     manifest = read_json(llama.folder / "manifest.json")
@@ -46,7 +46,7 @@ def test_the_script_finds_the_language_model_from_any_folder_and_with_spaces_in_
     vllm = tmp_path / "bin" / "vllm"
     vllm.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     vllm.chmod(0o755)
-    own = Path(llama.recommender.parts.llm_path).resolve()
+    own = Path(llama.recommender.parts.model.llm_path).resolve()
     for given, expected in (("", own), ("my models", tmp_path / "my models")):
         environment = {"PATH": f"{vllm.parent}:{os.environ['PATH']}", "RAREC_LLM": given}
         script = [llama.folder / "serve.sh"]

@@ -62,7 +62,7 @@ def add_items(
     given = _vectors_of(bundle, new, vectors)
     added = {IDS + name: table_AE for name, table_AE in given.items()}
     if MODEL in bundle.vectors:
-        added[MODEL] = parts.encode_new(new.titles, new.texts, given)
+        added[MODEL] = parts.model.encode_new(new.titles, new.texts, given)
     all_vectors = {name: np.concatenate([table_NE, added[name]]) for name, table_NE in bundle.vectors.items()}
     encoders = {
         name: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if _is_table(name) else tensor

@@ -50,86 +50,21 @@ else:
                 return super().__get__(instance, owner)
 
 
-class Parts:
-    """The rankers of a bundle. The language model is loaded when it is first used, by any thread.
+class BundledModel:
+    """A bundle's variant around its language model, which is loaded when it is first used, by any thread.
 
     Args:
         bundle: an opened bundle.
-        llm: path or name of the language model, if it is elsewhere than at the export.
-        batch_size: prompts in a forward pass; by default as many as in the evaluation.
-        world: device and ranks.
-
-    Attributes:
-        rankers: the parts of the row that is served, by name.
-        row: that is served.
-        ranker: of the row.
+        llm: see `Parts`.
+        batch_size: see `Parts`.
+        world: see `Parts`.
     """
 
-    def __init__(
-        self, bundle: Bundle, *, llm: str | None = None, batch_size: int | None = None, world: World = SINGLE
-    ) -> None:
+    def __init__(self, bundle: Bundle, llm: str | None, batch_size: int | None, world: World) -> None:
         self.bundle = bundle
         self._world = world
         self._llm = llm or (str(bundle.llm) if bundle.llm else None)
         self._batch_size = batch_size or int(bundle.facts["batch_size"])
-        self.rankers = {name: self._ranker(name) for name in bundle.facts["parts"]}
-        self.row = self._row()
-        self.ranker = DenseForm(self.row, self.rankers)
-
-    @property
-    def dense(self) -> "DenseForm":
-        """The ranker of a row whose scores a table of vectors, and neighbour tables beside it, have.
-
-        Raises:
-            UserError: it has no such form.
-        """
-        self.row.check_form()
-        return self.ranker
-
-    def scored(self, histories: RowsOfUsers) -> Scores:
-        """Return the scores of the row after some histories."""
-        return self.ranker.scored(unknown_users(histories))
-
-    def _ranker(self, name: str) -> Ranker:
-        bundle = self.bundle
-        facts = bundle.facts
-        if facts["model"] and name == facts["model"]["variant"]["name"]:
-            return VectorRanker(bundle.vectors[MODEL], lambda rows, histories: self.encoder.users(rows, histories))
-        if name == "popularity":
-            return VectorRanker.of_counts(bundle.catalogue.counts_N)
-        if name == "id":
-            return bundle.sources[facts["id_model"]].ranker()
-        lacking_N = None if bundle.knows_new_items(name) else bundle.catalogue.counts_N == 0
-        rule = facts["neighbours"]
-        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], lacking_N)
-
-    def _row(self) -> Row:
-        facts, near = self.bundle.facts, self.bundle.near
-        parts, tables = dict[str, Part](), dict[str, Table]()
-        for name, ranker in self.rankers.items():
-            if name in near:
-                tables[name] = near[name].indptr, near[name].indices, near[name].data
-            vectors_NZ = ranker.items_NZ if isinstance(ranker, VectorRanker) else None
-            known = self.bundle.knows_new_items(name)
-            parts[name] = Part(
-                part_title(name),
-                **facts["parts"][name],
-                knows_new=known,
-                vectors_NZ=vectors_NZ,
-                lacking_N=ranker.lacking_N,
-            )
-        variant = facts["model"] and facts["model"]["variant"]["name"]
-        rule = facts["neighbours"] or {"newest": 0, "decay": 1.0, "top": 0}
-        return Row(
-            facts["row"],
-            parts,
-            tables,
-            newest=rule["newest"],
-            decay=rule["decay"],
-            compared=next((name for name in (variant, "id") if name in parts), None),
-            untitled=facts["tables"]["items"]["untitled"],
-            top=rule["top"],
-        )
 
     @once
     def encoder(self) -> Encoder:
@@ -199,6 +134,93 @@ class Parts:
             problem = f"{bundle.directory} belongs to another language model ({'; '.join(changed)})"
             raise UserError(problem, f"give the one that it was trained with: {known['name']}")
         return loaded
+
+
+class Parts:
+    """The rankers of a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        llm: path or name of the language model, if it is elsewhere than at the export.
+        batch_size: prompts in a forward pass; by default as many as in the evaluation.
+        world: device and ranks.
+
+    Attributes:
+        model: the variant around its language model.
+        rankers: the parts of the row that is served, by name.
+        row: that is served.
+        ranker: of the row.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, llm: str | None = None, batch_size: int | None = None, world: World = SINGLE
+    ) -> None:
+        self.bundle = bundle
+        self.model = BundledModel(bundle, llm, batch_size, world)
+        self.rankers = {name: self._ranker(name) for name in bundle.facts["parts"]}
+        self.row = self._row()
+        self.ranker = DenseForm(self.row, self.rankers)
+
+    @property
+    def dense(self) -> "DenseForm":
+        """The ranker of a row whose scores a table of vectors, and neighbour tables beside it, have.
+
+        Raises:
+            UserError: it has no such form.
+        """
+        self.row.check_form()
+        return self.ranker
+
+    def scored(self, histories: RowsOfUsers) -> Scores:
+        """Return the scores of the row after some histories."""
+        return self.ranker.scored(unknown_users(histories))
+
+    def _ranker(self, name: str) -> Ranker:
+        bundle = self.bundle
+        facts = bundle.facts
+        if facts["model"] and name == facts["model"]["variant"]["name"]:
+            model = self.model  # not this object, which would refer to itself, and outlive its last user for long
+            return VectorRanker(bundle.vectors[MODEL], lambda rows, histories: model.encoder.users(rows, histories))
+        if name == "popularity":
+            return VectorRanker.of_counts(bundle.catalogue.counts_N)
+        if name == "id":
+            return bundle.sources[facts["id_model"]].ranker()
+        lacking_N = None if bundle.knows_new_items(name) else bundle.catalogue.counts_N == 0
+        rule = facts["neighbours"]
+        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], lacking_N)
+
+    def _row(self) -> Row:
+        facts, near = self.bundle.facts, self.bundle.near
+        parts, tables = dict[str, Part](), dict[str, Table]()
+        for name, ranker in self.rankers.items():
+            if name in near:
+                tables[name] = near[name].indptr, near[name].indices, near[name].data
+            vectors_NZ = ranker.items_NZ if isinstance(ranker, VectorRanker) else None
+            known = self.bundle.knows_new_items(name)
+            parts[name] = Part(
+                part_title(name),
+                **facts["parts"][name],
+                knows_new=known,
+                vectors_NZ=vectors_NZ,
+                lacking_N=ranker.lacking_N,
+            )
+        variant = facts["model"] and facts["model"]["variant"]["name"]
+        rule = facts["neighbours"] or {"newest": 0, "decay": 1.0, "top": 0}
+        return Row(
+            facts["row"],
+            parts,
+            tables,
+            newest=rule["newest"],
+            decay=rule["decay"],
+            compared=next((name for name in (variant, "id") if name in parts), None),
+            untitled=facts["tables"]["items"]["untitled"],
+            top=rule["top"],
+        )
+
+    @property
+    def encoder(self) -> Encoder:
+        """See `BundledModel`."""
+        return self.model.encoder
 
 
 def unknown_users(histories: RowsOfUsers) -> EvalBatch:

@@ -107,7 +107,7 @@ def realign(
         facts["sources"][name] = {**facts["sources"][name], "users": users, "hash": models[name].hash}
     vectors = {IDS + name: source.items_NE for name, source in sources.items()}
     if MODEL in bundle.vectors:
-        encoder = parts.encoder_over(sources)
+        encoder = parts.model.encoder_over(sources)
         vectors[MODEL] = encoder.items()
         tops = _best(parts.encoder, bundle.vectors[MODEL], histories), _best(encoder, vectors[MODEL], histories)
         shared = [len(np.intersect1d(*rows)) / len(rows[0]) for rows in zip(*tops, strict=True)]

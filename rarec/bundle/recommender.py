@@ -69,7 +69,7 @@ class Recommender(BaseRecommender):
     def encode_new(self, title: str, text: str) -> Float32:
         """See `BaseRecommender`."""
         sources = {name: np.zeros((1, source.dim), np.float32) for name, source in self.parts.encoder.sources.items()}
-        encoded: Float32 = self.parts.encode_new([title], [text], sources)[0]
+        encoded: Float32 = self.parts.model.encode_new([title], [text], sources)[0]
         return encoded
 
     def user_vectors(self, histories: Sequence[History]) -> Float32:

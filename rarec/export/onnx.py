@@ -117,7 +117,7 @@ def _item_facts(parts: Parts, sources: Sequence[str]) -> dict[str, Any]:
         "prompt": bundle.config.prompt.model_dump(mode="json"),
         "tokenizer": {**plain, "filler": tokenizer.filler, "adds_space": tokenizer.adds_space},
         "slots": slots_reserved(bundle.config, bundle.shapes),
-        "context_length": parts.context_length,
+        "context_length": parts.model.context_length,
         "kind": bundle.facts["model"]["llm"]["kind"],
         "counts": dict(encoder.model.item.slots),
         "sources": {name: encoder.sources[name].dim for name in sources},

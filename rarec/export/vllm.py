@@ -133,7 +133,7 @@ def _refuse(parts: Parts, encoder: Encoder) -> None:
     config = parts.bundle.config
     if not encoder.model.backbone.sink:
         raise UserError(f"{config.llm.path} is an encoder, which has no cache of keys and values", USE_ONNX)
-    if config.llm.quantize != "none" or parts.llm_path.endswith(".gguf"):
+    if config.llm.quantize != "none" or parts.model.llm_path.endswith(".gguf"):
         inside = "; or export the bundle with --with-llm, which holds the weights as they are used"
         remedy = f"{USE_ONNX}{inside * (config.llm.quantize == 'none')}"
         raise UserError(f"{config.llm.path} is quantised here in another way than by vLLM", remedy)
@@ -145,10 +145,10 @@ def _refuse(parts: Parts, encoder: Encoder) -> None:
 def _write_start(parts: Parts, at_input: bool, lora: bool, path: Path) -> None:
     """Write the script that starts vLLM; whoever may read it may run it."""
     config = parts.bundle.config
-    model = resolve_path(parts.llm_path)
+    model = resolve_path(parts.model.llm_path)
     elsewhere = not Path(model).exists()
     model = model if elsewhere else str(Path(model).resolve())  # the script runs in its own folder
-    longest = config.prompt.max_tokens or parts.context_length
+    longest = config.prompt.max_tokens or parts.model.context_length
     options = [
         *([f"--revision {shlex.quote(config.llm.revision)}"] if config.llm.revision and elsewhere else []),
         f"--dtype {config.llm.dtype}",

@@ -1,7 +1,7 @@
 """The two prompts of RA-Rec: a user's history, and an item's text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +14,7 @@ from rarec.prompts.hybrid import (
     HybridPrompt,
     Int32,
     Marks,
+    TemplatePart,
     TextTokenizer,
     at_titles,
     parse_template,
@@ -70,15 +71,16 @@ class PromptPair:
         self._item = HybridPrompt(item, tokenizer, slots["item"], most, "prompt.item")
         self._spaced = {part.value: part.spaced for part in (*user, *item) if part.kind == "field"}
         self.max_titles = config.max_history if "history" in self._spaced else 0
-        self._separator = tokenizer(config.separator.removesuffix(" "), plain=False)
+        separator = tokenizer(config.separator.removesuffix(" "), plain=False)
         spaced = {True: self._spaced.get("history", False), False: config.separator.endswith(" ")}
-        self._title_parts = {
+        title_parts = {
             first: parse_template(config.title, ["title"], sources, "prompt.title", spaced[first]) for first in spaced
         }
-        self._at_titles = [at_titles(source) for source in soft_sources(self._title_parts[True])]
+        self._at_titles = [at_titles(source) for source in soft_sources(title_parts[True])]
         if self._at_titles and "history" not in self._spaced:
             raise UserError("prompt.title has slots, but prompt.user has no {history}", "write {history} there")
-        self.title = lru_cache(PIECES)(self._title)
+        tokens = TitleTokens(tokenizer, titles, separator, title_parts, config.max_title_tokens)
+        self.title = lru_cache(PIECES)(tokens)  # not a method: it would refer to this object, and keep it
         self.cut = {"user": 0, "item": 0}
 
     @property
@@ -156,22 +158,36 @@ class PromptPair:
         fit = np.cumsum(later) - (saved[0] if self.newest_first else saved) <= self.user_prompt.room
         return wanted[: max(int(fit.sum()), 1)]
 
-    def _title(self, item: int, first: bool) -> tuple[Int32, list[int]]:
-        """Return an item as a history has it: its tokens, and where the slots at titles are inserted in them.
 
-        Args:
-            item: item row.
-            first: whether it is the first of the text; all others start with the separator.
-        """
-        tokens = [self.tokenizer("") if first else self._separator]
+@dataclass(frozen=True)
+class TitleTokens:
+    """An item's title as a history has it: its tokens, and where the slots at titles are inserted in them.
+
+    Attributes:
+        tokenizer: of the language model.
+        titles: of the catalogue.
+        separator: tokens before every title but the first of the text.
+        parts: of the template, by whether it is the first.
+        most: longest title, in tokens.
+    """
+
+    tokenizer: TextTokenizer
+    titles: Sequence[str]
+    separator: Int32
+    parts: Mapping[bool, list[TemplatePart]]
+    most: int | None
+
+    def __call__(self, item: int, first: bool) -> tuple[Int32, list[int]]:
+        """Return tokens and places of slots, given an item's row and whether it is the first of the text."""
+        tokens = [self.tokenizer("") if first else self.separator]
         marks: list[int] = []
-        for part in self._title_parts[first]:
+        for part in self.parts[first]:
             if part.kind == "soft":
                 marks.append(sum(map(len, tokens)))
             elif part.kind == "text":
                 tokens.append(self.tokenizer(part.value, part.spaced, plain=False))
             else:
-                tokens.append(self.tokenizer(self.titles[item], part.spaced, self.config.max_title_tokens))
+                tokens.append(self.tokenizer(self.titles[item], part.spaced, self.most))
         return np.concatenate(tokens), marks
 
 

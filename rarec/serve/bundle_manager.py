@@ -5,7 +5,6 @@ new requests get the new one, and the old one answers those that wait for it. Wh
 users get another bundle, and one that the settings name no more serves until all that they name are loaded.
 """
 
-import gc
 import hashlib
 import threading
 import time
@@ -164,7 +163,6 @@ class BundleManager:
 
     def _watch(self) -> None:
         while not self._end.is_set():
-            before = self._loaded
             self._attempt("settings", self._refresh_settings)
             for name, bundle in self.settings.bundles.items():
                 self._attempt(name, partial(self._refresh, name, bundle))
@@ -172,9 +170,6 @@ class BundleManager:
                 self._complete = True
                 self._retire()
             self._end.wait(LOOK_EVERY)
-            if self._loaded is not before:
-                before = self._loaded  # it holds the old bundle no more
-                gc.collect()  # parts of a bundle refer to each other: Python lets go of such objects rarely
 
     def _attempt(self, name: str, work: Callable[[], None]) -> Exception | None:
         """Do what may fail, and return how: it is noted by name, and logged once."""

@@ -95,7 +95,7 @@ def workloads(bundle: Path, users: int, n_items: int) -> dict[str, tuple[Action,
         "search N": (lambda: best_scores(VectorScores(vectors, wide), 10, rows), lambda: vectors @ wide.T),
         "one user": (lambda: recommender.recommend([histories[longest]], 10), forward(parts, [encoded[longest]])),
         "100 items": (
-            lambda: parts.encode_new(titles, texts, blank),
+            lambda: parts.model.encode_new(titles, texts, blank),
             forward(parts, [prompts.item(row) for row in new]),
         ),
     }
