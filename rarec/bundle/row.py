@@ -89,7 +89,7 @@ class Row:
 
     @property
     def lists(self) -> bool:
-        """Whether the row scores the few items alone that it lists for a user."""
+        """Return whether the row scores the few items alone that it lists for a user."""
         return bool(self.tables) and not self.dense
 
     @cached_property

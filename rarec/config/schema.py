@@ -33,7 +33,6 @@ from rarec.config.section import (
     SourceName,
     Weight,
 )
-from rarec.errors import UserError
 
 MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
 """The sections that say what a bundle's model is."""
@@ -194,18 +193,6 @@ class Shards(Section):
     that is not stored is initialised from the nearest one that is."""
     state_dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored states."""
-
-    def stored_blocks(self, count: int) -> list[int]:
-        """Return the blocks whose states are stored, of a language model with `count` blocks.
-
-        Raises:
-            UserError: the model lacks one of them.
-        """
-        blocks = sorted(set(self.state_blocks or range(count)))
-        if blocks[-1] >= count:
-            problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
-            raise UserError(problem, f"choose from blocks 0 to {count - 1}")
-        return blocks
 
 
 class Stream(Section):

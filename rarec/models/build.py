@@ -47,6 +47,19 @@ class SourceShape:
         return SlotShape(self.vectors_per_user if side == "user" else 1, self.dim)
 
 
+def stored_blocks(config: RunConfig, count: int) -> list[int]:
+    """Return the blocks whose text-only states shards store, of a language model with `count` blocks.
+
+    Raises:
+        UserError: the model lacks one of them.
+    """
+    blocks = sorted(set(config.shards.state_blocks or range(count)))
+    if blocks[-1] >= count:
+        problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
+        raise UserError(problem, f"choose from blocks 0 to {count - 1}")
+    return blocks
+
+
 def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict[str, dict[str, int]]:
     """Return the most slots of each source on each side in any variant: truncated prompts leave room for them.
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from rarec.config import RunConfig
 from rarec.errors import UserError
-from rarec.models.build import SIDES, slots_reserved
+from rarec.models.build import SIDES, slots_reserved, stored_blocks
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
 from rarec.planning.costs import (
     SHIPPED_ZERO,
@@ -176,7 +176,7 @@ class Calculator:
     def _step_shapes(self, variant: str, setup: TrainingSetup) -> list[StepShape]:
         """Return the sizes of micro-batches that may need the most memory, the one with the longest prompts last."""
         count = len(self.meta_model(variant, setup.checkpointing).model.backbone.blocks)
-        blocks = tuple(self.config.shards.stored_blocks(count))
+        blocks = tuple(stored_blocks(self.config, count))
         vectors = {name: (shape.vectors_per_user, shape.dim) for name, shape in self.builder.sources.items()}
         world_size = setup.cluster.world_size
         item = self.prompts["item"].in_batch(self.config.llm.packing)

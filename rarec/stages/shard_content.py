@@ -21,6 +21,7 @@ from rarec.data.shards.samples import REPAIR, Sample, sample_key
 from rarec.data.shards.writing import damaged_files, describe_shards, keep_intact_tars, write_shards, wrong_samples
 from rarec.data.tables import map_npy
 from rarec.errors import UserError
+from rarec.models.build import stored_blocks
 from rarec.models.encode import STATES_AT_A_TIME, Split, text_states
 from rarec.prompts import Encoded
 from rarec.stages.run import Run
@@ -65,8 +66,8 @@ class ShardContent:
 
     @cached_property
     def blocks(self) -> list[int]:
-        """The blocks whose states are stored; see `Shards.stored_blocks`."""
-        return self.run.config.shards.stored_blocks(len(self.run.llm.backbone.blocks))
+        """The blocks whose states are stored; see `stored_blocks`."""
+        return stored_blocks(self.run.config, len(self.run.llm.backbone.blocks))
 
     @property
     def sidecars(self) -> dict[str, Callable[[], Any]]:

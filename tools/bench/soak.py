@@ -216,32 +216,46 @@ async def soak(
     events.count_written()
     sampling.cancel()
     counted = await read_metrics(events.port)
+    return [
+        Figure(
+            f"{seconds / 60:g} minutes at {load:g} times {min(capacities):.1f} to {max(capacities):.1f}/s: answers",
+            f"{sum(checker.answered.values()):,}",
+        ),
+        *figures_of_answers(checker, events, answers, timeout),
+        *figures_of_service(counted, events, memory),
+        at_most("afterwards: refused", after.refused.total(), 0),
+        at_most("afterwards: p50 of one client over before", after.percentile(50) / alone.percentile(50), 1.3),
+    ]
+
+
+def figures_of_answers(checker: Checker, events: Events, answers: Answers, timeout: float) -> list[Figure]:
+    """Return what the clients have seen."""
     odd = Counter({kind: count for kind, count in answers.refused.items() if not kind.startswith("503")})
+    return [
+        Figure("answers of each version", ", ".join(f"{count:,}" for count in checker.answered.values())),
+        at_most("wrong answers", checker.wrong, 0),
+        at_most("answers of another version than they name", checker.mixed, 0),
+        at_most("p99 of answered over timeout", answers.percentile(99) / timeout, 1.0),
+        at_most(f"neither answered nor refused with 503 {dict(odd) or ''}", odd.total(), 0),
+        at_most(f"of {events.swaps} swaps, not seen within {SWAP_EVERY / 2:g} s", events.missed, 0),
+        Figure("clients that left", f"{events.left:,}"),
+    ]
+
+
+def figures_of_service(counted: dict[str, float], events: Events, memory: Sequence[int]) -> list[Figure]:
+    """Return what the service has counted, and its memory, given one sample a second."""
     lists = {kind: counted.get(f'rarec_impressions_total{{outcome="{kind}"}}', 0.0) for kind in ("written", "lost")}
     answered = counted['rarec_requests_total{method="POST",route="/v1/recommend",status="200"}']
     tenth = max(1, len(memory) // 10)
     early, late = (statistics.median(part) for part in (memory[tenth : 2 * tenth], memory[-tenth:]))
     reasons = {name.split('"')[1]: int(count) for name, count in counted.items() if name.startswith("rarec_refused")}
     return [
-        Figure(
-            f"{seconds / 60:g} minutes at {load:g} times {min(capacities):.1f} to {max(capacities):.1f}/s: answers",
-            f"{sum(checker.answered.values()):,}",
-        ),
-        Figure("answers of each version", ", ".join(f"{count:,}" for count in checker.answered.values())),
-        at_most("wrong answers", checker.wrong, 0),
-        at_most("answers of another version than they name", checker.mixed, 0),
-        at_most("p99 of answered over timeout", answers.percentile(99) / timeout, 1.0),
         Figure("refused, by reason", json.dumps(reasons)),
-        at_most(f"neither answered nor refused with 503 {dict(odd) or ''}", odd.total(), 0),
-        at_most(f"of {events.swaps} swaps, not seen within {SWAP_EVERY / 2:g} s", events.missed, 0),
-        Figure("clients that left", f"{events.left:,}"),
         Figure("impressions written, lost", f"{lists['written']:,.0f}, {lists['lost']:,.0f}"),
         at_most("impressions in files, less than said", lists["written"] - events.written, 0),
         at_most("impressions neither written nor said to be lost", answered - sum(lists.values()), 0),
         Figure("memory after warm-up, at the end", f"{early / 1e6:.0f} MB, {late / 1e6:.0f} MB"),
         at_most("memory at the end over after warm-up", late / early, 1.1),
-        at_most("afterwards: refused", after.refused.total(), 0),
-        at_most("afterwards: p50 of one client over before", after.percentile(50) / alone.percentile(50), 1.3),
     ]
 
 
