@@ -452,7 +452,7 @@ def test_a_bundle_with_its_language_model_needs_nothing_else(run, everyone, reco
     assert (Path(moved) / "llm" / "model.safetensors").exists()
     facts = Path(moved) / "recommender.json"
     assert str(run.config.llm.path) in facts.read_text()
-    assert Parts(Bundle.open(Path(moved))).llm_path == f"{moved}/llm"
+    assert Parts(Bundle.open(Path(moved))).model.llm_path == f"{moved}/llm"
     assert same(rarec.load(moved).recommend(everyone[:3]), recommender.recommend(everyone[:3]))
 
 
