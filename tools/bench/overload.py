@@ -27,6 +27,9 @@ HELD = (3.0, 10.0)
 HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
 CLIENTS = 16
 """Clients that wait for their answers, whom the service is never too full for."""
+RESTS = 5.0
+"""Seconds after which an idle connection is not used again, as clients do whose server closes such ones: a request
+that is sent while it does so is lost."""
 PATIENCE = 3.0
 """Timeouts of the service after which a client gives up: late answers must be seen."""
 
@@ -69,6 +72,7 @@ class Connection(asyncio.Protocol):
         self._asked: float | None = None
         self._came = b""
         self.refused = False
+        self._rests_since = float("inf")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -105,13 +109,18 @@ class Connection(asyncio.Protocol):
             self._answers.refused["connection lost"] += 1
             self._done()
 
+    @property
+    def usable(self) -> bool:
+        """Return whether the server will still read a request."""
+        return not self.transport.is_closing() and self._loop.time() < self._rests_since + RESTS
+
     def _give_up(self) -> None:
         self._answers.refused["no answer at all"] += 1
         self._done()
         self.transport.abort()
 
     def _done(self) -> None:
-        self._asked, self._came = None, b""
+        self._asked, self._came, self._rests_since = None, b"", self._loop.time()
         self._giving_up.cancel()
 
 
@@ -144,9 +153,10 @@ class Clients:
     def _ask(self, moment: float) -> None:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.transport.is_closing():
+            if connection.usable:
                 self._send(connection, moment)
                 return
+            connection.transport.close()
         task = asyncio.ensure_future(self._open(moment))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
