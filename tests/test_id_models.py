@@ -467,6 +467,20 @@ def test_where_every_checkpoint_is_damaged_training_starts_again_and_says_so(int
     assert digest == expected
 
 
+def test_checkpoints_that_cannot_be_used_stay_where_the_user_has_something_in_one(interrupted, dataset, tmp_path):
+    def harm(path: Path) -> None:
+        flip(path / "step-00000003" / "training.safetensors")
+        (path / "step-00000002" / "items.npy").unlink()
+        (path / "step-00000002" / "items.npy").mkdir()
+
+    with pytest.raises(UserError, match="step-00000002/items.npy") as refusal:
+        resumed(interrupted[0], dataset, tmp_path, harm)
+    assert "move it away" in refusal.value.remedy
+    assert (tmp_path / "ids" / "id" / PROGRESS / "step-00000003" / "training.safetensors").exists()
+    (tmp_path / "ids" / "id" / PROGRESS / "step-00000002" / "items.npy").rmdir()
+    assert make_source("id", ids(), dataset, tmp_path).hash == interrupted[1]
+
+
 def test_a_training_begun_with_other_settings_is_refused_and_fresh_begins_anew(interrupted, dataset, tmp_path):
     plain = make_source("id", ids(lr=0.002), dataset, tmp_path / "plain")
     shutil.copytree(interrupted[0], tmp_path / "other")

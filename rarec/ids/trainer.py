@@ -28,7 +28,7 @@ from rarec.ids.table import ItemTable
 from rarec.ids.validation import Validation
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.storage.checkpoint_store import CheckpointStore
-from rarec.storage.directories import discard
+from rarec.storage.directories import discard, refuse_foreign
 
 Say = Callable[[str], None]
 KEPT = 2
@@ -237,13 +237,20 @@ class Training:
 
 
 def _newest(checkpoints: CheckpointStore, say: Say) -> int:
-    """Return the newest whole checkpoint, or 0; all damaged or of another training are reported and deleted."""
+    """Return the newest whole checkpoint, or 0; all damaged or of another training are reported and deleted.
+
+    Raises:
+        UserError: none can be used, and rarec has not made all that is in them: then none is deleted.
+    """
     try:
         return checkpoints.newest(say) or 0
     except UserError as error:
+        unusable = [checkpoints.path(step) for step in checkpoints.steps()]
+        for path in unusable:
+            refuse_foreign(path)
         say(f"{error.problem}: starting again")
-        for step in checkpoints.steps():
-            discard(checkpoints.path(step))
+        for path in unusable:
+            discard(path)
         return 0
 
 

@@ -44,7 +44,8 @@ _CHECK_ACCESS = (
     "check train.stream.remote, the network, and the credentials that fsspec finds; then run the same command to resume"
 )
 _COPY_AGAIN = (
-    "copy the complete run.dir/shards there again, or fetch its description again: rarec shards CONFIG --fresh"
+    "correct train.stream.remote, copy the complete run.dir/shards there again, or fetch its description again: "
+    "rarec shards CONFIG --fresh"
 )
 
 
