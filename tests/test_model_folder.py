@@ -126,6 +126,7 @@ HARMS: dict[str, tuple[Harm, tuple[str, ...]]] = {
     "fewer words": (settings_of(vocab_size=100), ("config.json", "(100, 32)")),
     "a layer less": (settings_of(num_hidden_layers=1), ("config.json", "1.")),
     "a layer more": (settings_of(num_hidden_layers=3), ("2.",)),
+    "no layer": (settings_of(num_hidden_layers=0), ("config.json", "layers")),
     "a million layers": (settings_of(num_hidden_layers=10**6), ("config.json", "num_hidden_layers")),
     "a huge width": (settings_of(hidden_size=10**12), ("config.json", "hidden_size")),
     "many positions": (settings_of(max_position_embeddings=10**12), ("config.json", "max_position_embeddings")),

@@ -234,6 +234,7 @@ def check_loaded(model: Any, info: dict[str, Any], name: str) -> None:
     mismatched = sorted(info["mismatched_keys"], key=str)
     weights = [(key, parameter) for key, parameter in trunk.named_parameters() if not key.startswith("pooler.")]
     problems = [f"{len(missing)} weights are missing, {missing[0]} first"] if missing else []
+    problems += [] if getattr(model.config, "num_hidden_layers", 1) else ["config.json says that it has no layers"]
     problems += [f"{key} is {tuple(shape)}, by config.json {tuple(by)}" for key, shape, by in mismatched]
     problems += [f"the weights have {surplus[0]}, a layer more than config.json says"] if surplus else []
     problems += [f"the weight {key} holds NaN or infinity" for key, parameter in weights if not _is_finite(parameter)]
