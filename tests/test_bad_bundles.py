@@ -214,6 +214,7 @@ HARMS = {
     "no language model": (model(lambda m: m.pop("llm")), "model.llm"),
     "settings without a section": (model(lambda m: m["settings"].pop("readout")), "readout.module"),
     "setting of another type": (model(lambda m: m["settings"]["prompt"].update(max_history="many")), "max_history"),
+    "prompts that are too short": (model(lambda m: m["settings"]["prompt"].update(max_tokens=3)), f"{FACTS}: prompt."),
     "tables without the catalogue": (
         facts(tables={"interactions": {}, "duplicates": "drop", "repeats": "first"}),
         "items",

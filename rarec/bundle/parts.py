@@ -5,7 +5,8 @@ vectors of a user, E source dimension.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from rarec.bundle.base_recommender import chances
-from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
+from rarec.bundle.bundle import FACTS, MODEL, REMEDY, Bundle, Float32, Rows
 from rarec.bundle.row import Part, Row, Table
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
@@ -78,10 +79,20 @@ class BundledModel:
             problem = f"{bundle.facts['row']}, which {bundle.directory} holds, has no language model"
             raise UserError(problem, "export a row with a variant: export.variant=VARIANT+id")
         sources = {name: bundle.sources[name] for name in bundle.shapes}
-        prompts = self._prompts(bundle.catalogue.titles, bundle.catalogue.texts)
-        model = build_model(bundle.config, bundle.variant, self._loaded, bundle.shapes, prompts.sources)
+        with self._from_facts():
+            prompts = self._prompts(bundle.catalogue.titles, bundle.catalogue.texts)
+            model = build_model(bundle.config, bundle.variant, self._loaded, bundle.shapes, prompts.sources)
         load_weights(model, bundle.directory, bundle.weights)
         return Encoder(model.eval().to(self._world.device), prompts, sources, self._batch_size, self._world)
+
+    @contextmanager
+    def _from_facts(self) -> Iterator[None]:
+        """Name the file of the facts where settings that are valid do not fit each other, or the language model."""
+        _ = self._loaded  # has messages of its own
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.bundle.directory / FACTS}: {error.problem}", REMEDY) from None
 
     def encode_new(self, titles: Sequence[str], texts: Sequence[str], vectors: Mapping[str, Float32]) -> Float32:
         """Return item vectors (N, Z) of items that are not in the catalogue.
