@@ -473,7 +473,7 @@ def test_checkpoints_that_cannot_be_used_stay_where_the_user_has_something_in_on
         (path / "step-00000002" / "items.npy").unlink()
         (path / "step-00000002" / "items.npy").mkdir()
 
-    with pytest.raises(UserError, match="step-00000002/items.npy") as refusal:
+    with pytest.raises(UserError, match=r"step-00000002/items\.npy") as refusal:
         resumed(interrupted[0], dataset, tmp_path, harm)
     assert "move it away" in refusal.value.remedy
     assert (tmp_path / "ids" / "id" / PROGRESS / "step-00000003" / "training.safetensors").exists()
