@@ -284,6 +284,9 @@ class Evaluate(Section):
     fusion: bool = True
     """Add rows of late fusion: the variant's score plus the ID model's, by the weight that makes validation users'
     targets most likely."""
+    learned_users: NonNegative = 0
+    """Add rows `+learned`: the 200 best items of each late fusion with the untrained baselines in an order that is
+    learned on so many validation users (docs/method.md, section 7); 0 adds none. Bundles do not hold it yet."""
     batch_size: Positive = 128
     """Prompts in one forward pass."""
     resamples: Positive = 2000

@@ -1,6 +1,6 @@
 """One evaluation: every variant, fusion and sanity check ranks the full catalogue for the same test users."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import World
 from rarec.evaluation.external import external_ranks
 from rarec.evaluation.fusion import fuse
+from rarec.evaluation.learned import FEWEST, examples_of, learn
 from rarec.evaluation.lists import ListMetrics
-from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, LISTED, ORACLE, WITHOUT, part_title
+from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, LEARNED, LISTED, ORACLE, WITHOUT, part_title
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
-from rarec.ranking import CachedRanker, EvalBatch, NeighbourRanker, Ranker, VectorRanker, rank_users
+from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, NeighbourRanker, Ranker, VectorRanker, rank_users
+from rarec.ranking.learned import CANDIDATES, LearnedRanker
 from rarec.storage.files import write_json
 
 Ranks = dict[str, npt.NDArray[np.int64]]
@@ -81,6 +83,7 @@ class Evaluator:
             rankers |= self.cheap | self._fused(ALL_CHEAP, self.cheap)
             rankers |= self._fused(ID_ONLY + CHEAP, {**self.cheap, "id": self.ids})
         self._rank_both(rankers)
+        self._rank_learned(ID_ONLY + CHEAP, rankers)
 
     def rank_variant(self, name: str, ranker_of: Callable[[bool], Ranker]) -> None:
         """Rank by a trained variant, alone and in fusions; the main one also in sanity checks.
@@ -99,6 +102,7 @@ class Evaluator:
             rankers |= self._fused(name + FUSED, {name: ranker, "id": self.ids})
             rankers |= self._fused(name + FUSED + CHEAP, parts)
         self._rank_both(rankers)
+        self._rank_learned(name + FUSED + CHEAP, rankers)
         if name == self.main and evaluate.fusion:
             self._rank(self.test, self._without_one(name + FUSED + CHEAP, parts))
         if name == self.main and evaluate.sanity_checks:
@@ -180,6 +184,19 @@ class Evaluator:
         self._flat.update(fusion.flat)
         self.fusions[row] = fusion.parts
         return {row: fusion.ranker}
+
+    def _rank_learned(self, row: str, rankers: Mapping[str, Ranker]) -> None:
+        """Rank test users by a learned order of a late fusion's best items, if one is asked for and can be learned."""
+        fusion = rankers.get(row)
+        if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker):
+            return
+        targets = self.dataset.targets("validation", self.config.evaluate.learned_users, self.seed)
+        candidates, places = examples_of(fusion, EvalBatch.of(self.dataset, targets))
+        if len(places) < FEWEST:
+            few = f"{len(places):,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
+            self.say(f"{row}{LEARNED}: left out, since only {few} items; {FEWEST} are needed")
+            return
+        self._rank(self.test, {row + LEARNED: LearnedRanker(fusion, learn(candidates, places))}, LISTED)
 
     def _rank_both(self, rankers: dict[str, Ranker]) -> None:
         """Rank validation and test users by rows that can be deployed; describe the lists of the latter."""

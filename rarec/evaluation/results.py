@@ -2,7 +2,8 @@
 
 A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model's score added); `VARIANT+id+cheap`
 (the untrained baselines added as well: neighbour models and the log of the item's popularity; in earlier results
-`+popularity`, that alone); `VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the
+`+popularity`, that alone); `VARIANT+id+cheap+learned` (its best items in a learned order);
+`VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the
 variant and of `id_only+cheap`); `VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/`
 can be deployed. This module knows no ranks, and loads nothing heavy.
 """
@@ -18,7 +19,7 @@ from rarec.console.inert import inert
 
 ID_ONLY = "id_only"
 FUSED = "+id"
-CHEAP, POPULAR = "+cheap", "+popularity"
+CHEAP, POPULAR, LEARNED = "+cheap", "+popularity", "+learned"
 ALL_CHEAP = "cheap"
 """Row of the untrained baselines, fused: neighbour models and popularity."""
 LATE_FUSION = "text_only" + FUSED
@@ -40,6 +41,7 @@ GROUPS = (
     "Each variant alone",
     "With the ID model's score added (late fusion)",
     "With untrained baselines added as well (+ cheap): neighbour models and popularity",
+    "Its best items in an order learned on validation users (+ learned)",
     "One part left out; oracle: the better of two lists for each user",
     "Sanity checks",
 )
@@ -100,12 +102,14 @@ def variant_group(variant: str) -> int:
     """Return the row's place in `GROUPS`."""
     if "/" in variant:
         return BOUNDS_GROUP if WITHOUT in variant or variant.endswith(ORACLE) else SANITY_GROUP
+    if variant.endswith(LEARNED):
+        return 3
     return 2 if cheap_suffix(variant) else 1 if "+" in variant else 0
 
 
 def cheap_suffix(variant: str) -> str:
-    """Return `+cheap` or `+popularity` if the row's name ends so."""
-    return next((suffix for suffix in (CHEAP, POPULAR) if variant.endswith(suffix)), "")
+    """Return `+cheap`, `+cheap+learned` or `+popularity` if the row's name ends so."""
+    return next((suffix for suffix in (CHEAP, CHEAP + LEARNED, POPULAR) if variant.endswith(suffix)), "")
 
 
 def metric_order(metric: str) -> tuple[str, int]:

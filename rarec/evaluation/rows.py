@@ -15,6 +15,7 @@ from rarec.evaluation.results import (
     FULL,
     FUSED,
     ID_ONLY,
+    LEARNED,
     MINUS,
     ORACLE,
     SANITY_CHECKS,
@@ -74,7 +75,8 @@ def comparison_rows(
 def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str]]:
     """Return the pairs (variant, baseline) that are compared, each once.
 
-    The main variant with every other; its fusions with other fusions, and with what they are without one part; these
+    The main variant with every other; its fusions with other fusions, and with what they are without one part; learned
+    orders with the fusions that they are of; these
     and the ID model with the untrained baselines with external systems; sanity checks with the main variant; and, as
     any of them may be the best, every variant with the ID model and with text only + ID (without and with LoRA, as they
     are there), both with the untrained baselines where the variant has them.
@@ -90,6 +92,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     plain = [(main, name) for name in names if name != main and "/" not in name and "+" not in name]
     fusions = [(fused, name) for name in (*rivals, "readout+id", "input+id", main)]
     cheap = [(ID_ONLY + CHEAP, name) for name in (ID_ONLY, ALL_CHEAP, fused)] + [(whole, fused)]
+    learned = [(name, name.removesuffix(LEARNED)) for name in names if name.endswith(LEARNED)]
     bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
     sanity_checks = [(name, main) for name in names if name.removeprefix(f"{main}/") in SANITY_CHECKS]
     text = [(f"{main}/permuted_ids", rivals[-1].removesuffix(FUSED)), ("prefix_only", "text_only")]
@@ -97,7 +100,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
     others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in rivals]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + fusions + others + cheap + bounds + sanity_checks + text + external:
+    for pair in plain + fusions + others + cheap + learned + bounds + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 

@@ -140,7 +140,7 @@ def rank_scores(
     for part, scores_CN in _blocks(scores, world.all_reduce_max(scores.n_items)):
         threshold_C1 = _threshold(scores_CN, targets_B[part], world)
         at_least_C = _at_least(scores_CN, threshold_C1)  # counts the target itself: the 1
-        user_S, item_S = _seen_pairs(seen[part])
+        user_S, item_S = seen_pairs(seen[part])
         item_S = item_S - first
         competes = (item_S >= 0) & (item_S < scores.n_items) & (item_S != targets_B[part][user_S])
         once = np.unique(user_S[competes] * scores.n_items + item_S[competes])  # none is to be subtracted twice
@@ -205,7 +205,7 @@ def best_scores(
 
 def _best(scores_CN: torch.Tensor, k: int, seen: Sequence[Rows]) -> tuple[Rows, npt.NDArray[np.float32]]:
     """Return the k best unseen items of a block's users; see `best_scores`. It changes the scores."""
-    scores_CN[_seen_pairs(seen)] = -torch.inf
+    scores_CN[seen_pairs(seen)] = -torch.inf
     best_CK, row_CK = largest(scores_CN, k)
     row_CK[best_CK == -torch.inf] = -1
     return row_CK.cpu().numpy(), best_CK.cpu().numpy()
@@ -298,7 +298,7 @@ def _peak(vectors: torch.Tensor, kind: str) -> float:
     return peak
 
 
-def _seen_pairs(seen: Sequence[Rows]) -> tuple[Rows, Rows]:
+def seen_pairs(seen: Sequence[Rows]) -> tuple[Rows, Rows]:
     """Return all (user in the chunk, item) pairs."""
     lengths = [len(rows) for rows in seen]
     user_S = np.repeat(np.arange(len(seen)), lengths)

@@ -208,11 +208,15 @@ class FusedScores:
                 part_CN = part_CN + predicted(first_CN, lacking_N, slope, self._ranker.parts[0].lists)
             yield part_CN
 
+    def shares(self, users: slice) -> Iterator[torch.Tensor]:
+        """Yield what each part adds to the score, (C, N)."""
+        return (weight * part_CN for part_CN, weight in zip(self.parts(users), self._ranker.weights, strict=True))
+
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
         sum_CN = torch.zeros(())
-        for part_CN, weight in zip(self.parts(users), self._ranker.weights, strict=True):
-            sum_CN = sum_CN + weight * part_CN
+        for share_CN in self.shares(users):
+            sum_CN = sum_CN + share_CN
         return sum_CN
 
 

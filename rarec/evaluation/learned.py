@@ -1,0 +1,73 @@
+"""Learn the order of a late fusion's best items on validation users (docs/method.md, section 7).
+
+The loss is the softmax over a user's candidates, whose target is the item that the user took. A user whose target is
+none of the candidates teaches nothing.
+
+Shape letters: U users, K candidates, P parts, F features, H hidden units.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarec.ranking import EvalBatch, FusedRanker
+from rarec.ranking.learned import Candidates, LearnedOrder, candidates_of
+from rarec.ranking.rank import Rows
+
+HIDDEN, EPOCHS, RATE, USERS_OF_A_STEP = 32, 5, 3e-3, 64
+"""Twice the hidden units or the epochs, and gradient-boosted trees (LambdaMART, 15 or 31 leaves), are no better on
+Amazon Beauty: docs/experiments.md."""
+FEWEST = 500
+"""Users whose target is among the candidates, at least: fewer teach noise."""
+_USERS_AT_A_TIME = 256
+_SEED = 17
+
+
+def examples_of(ranker: FusedRanker, batch: EvalBatch) -> tuple[Candidates, Rows]:
+    """Return the candidates of the users whose target is one, and its place among them, (U,)."""
+    each = list(candidates_of(ranker, batch, _USERS_AT_A_TIME))
+    width = min(candidates.rows_BK.shape[1] for candidates, _ in each)  # of a small catalogue, by the longest history
+    rows_UK = np.concatenate([candidates.rows_BK[:, :width] for candidates, _ in each])
+    shares_UKP = np.concatenate([candidates.shares_BKP[:, :width] for candidates, _ in each])
+    lengths_U2 = np.concatenate([candidates.lengths_B2 for candidates, _ in each])
+    is_target_UK = rows_UK == np.concatenate([targets for _, targets in each])[:, None]
+    kept_U = is_target_UK.any(1)
+    return Candidates(rows_UK[kept_U], shares_UKP[kept_U], lengths_U2[kept_U]), is_target_UK.argmax(1)[kept_U]
+
+
+def learn(candidates: Candidates, targets_U: Rows) -> LearnedOrder:
+    """Return the order that is learned from examples; see `examples_of`."""
+    features_UKF = torch.from_numpy(candidates.features_BKF)
+    whole_UK = torch.from_numpy(candidates.shares_BKP.sum(2))
+    places_U = torch.from_numpy(targets_U)
+    flat = features_UKF.flatten(0, 1).double()
+    center_F, scale_F = flat.mean(0).float(), flat.std(0).clamp_min(1e-6).float()
+    features_UKF = (features_UKF - center_F) / scale_F
+    unit = float(whole_UK.std()) or 1.0
+    draws = torch.Generator().manual_seed(_SEED)
+    bound = features_UKF.shape[2] ** -0.5
+    first_FH = torch.empty(features_UKF.shape[2], HIDDEN).uniform_(-bound, bound, generator=draws)
+    weights = [first_FH, torch.zeros(HIDDEN), torch.zeros(HIDDEN), torch.ones(1)]  # it starts as the fusion orders
+    for weight in weights:
+        weight.requires_grad_()
+    optimizer = torch.optim.Adam(weights, RATE)
+    steps = EPOCHS * -(-len(places_U) // USERS_OF_A_STEP)
+    slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(EPOCHS):
+        for users in torch.randperm(len(places_U), generator=draws).split(USERS_OF_A_STEP):
+            scores_UK = _scores(features_UKF[users], whole_UK[users] / unit, weights)
+            optimizer.zero_grad()
+            F.cross_entropy(scores_UK, places_U[users]).backward()
+            optimizer.step()
+            slower.step()
+    first_FH, bias_H, last_H, factor_1 = (weight.detach() for weight in weights)
+    first_FH = first_FH / scale_F[:, None]
+    bias_H = bias_H - center_F @ first_FH
+    return LearnedOrder(first_FH.numpy(), bias_H.numpy(), last_H.numpy(), float(factor_1) / unit)
+
+
+def _scores(features_UKF: Tensor, whole_UK: Tensor, weights: list[Tensor]) -> Tensor:
+    """Return what `LearnedOrder.scores` returns, with gradients."""
+    first_FH, bias_H, last_H, factor_1 = weights
+    return (features_UKF @ first_FH + bias_H).relu() @ last_H + factor_1 * whole_UK

@@ -1,0 +1,160 @@
+"""The learned order: features and scores by hand, what it learns, that no other item passes a candidate, its row."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rarec.config import load_config
+from rarec.errors import UserError
+from rarec.evaluation import evaluator
+from rarec.evaluation.learned import examples_of, learn
+from rarec.evaluation.results import cheap_suffix, variant_group, variant_title
+from rarec.evaluation.rows import pairs_of_interest
+from rarec.ranking import EvalBatch, FusedRanker, VectorRanker, rank_users
+from rarec.ranking.learned import Candidates, LearnedOrder, LearnedRanker, best_of
+
+ITEMS = 300
+
+
+def table(scores_UN) -> VectorRanker:
+    """Return a part with these scores, by user row."""
+    scores_UN = np.asarray(scores_UN, np.float32)
+    return VectorRanker(np.eye(scores_UN.shape[1], dtype=np.float32), lambda rows, histories: scores_UN[rows])
+
+
+def fusion(*parts, weights=None) -> FusedRanker:
+    return FusedRanker(tuple(map(table, parts)), weights or (1.0,) * len(parts), (0.0,) * len(parts))
+
+
+def users(targets, histories=None) -> EvalBatch:
+    count = len(targets)
+    return EvalBatch(np.arange(count), histories or [np.array([0])] * count, np.array(targets))
+
+
+def plain(features: int, factor: float = 1.0) -> LearnedOrder:
+    """Return the order that the fusion has."""
+    return LearnedOrder(np.zeros((features, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.float32), factor)
+
+
+def test_features_by_hand():
+    """Two parts, three candidates; a history of 4 items, 2 of them different."""
+    shares = np.array([[[3, 1], [2, 2], [0, 3]]], np.float32)
+    features = Candidates(np.array([[5, 6, 7]]), shares, np.array([[4, 2]])).features_BKF[0]
+    log = np.log1p
+    assert features == pytest.approx(
+        np.array(
+            [
+                [3, 1, 0, -2, log(0), log(2), 0, log(0), np.log(4), 0.5],
+                [2, 2, -1, -1, log(1), log(1), 0, log(1), np.log(4), 0.5],
+                [0, 3, -3, 0, log(2), log(0), -1, log(2), np.log(4), 0.5],
+            ]
+        )
+    )
+
+
+def test_scores_are_the_networks_and_the_fusions():
+    candidates = Candidates(np.array([[5, 6]]), np.array([[[2.0], [1.0]]], np.float32), np.array([[1, 1]]))
+    first_FH = np.zeros((7, 2), np.float32)
+    first_FH[0] = 1, -1  # the share, and its negative, which the rectifier makes 0
+    order = LearnedOrder(first_FH, np.array([0, 1.5], np.float32), np.array([10, 100], np.float32), 3.0)
+    assert order.scores(candidates).tolist() == [[10 * 2 + 100 * 0 + 3 * 2, 10 * 1 + 100 * 0.5 + 3 * 1]]
+
+
+def test_candidates_are_the_best_unseen_items_and_the_target_competes():
+    scores = np.arange(ITEMS, 0, -1.0)[None].repeat(2, 0)
+    batch = users([250, 1], [np.array([0, 2]), np.array([0, 1])])
+    candidates, whole = best_of(fusion(scores).scored(batch), batch, slice(0, 2))
+    assert candidates.rows_BK[0].tolist() == [1, *range(3, 202)]
+    assert candidates.rows_BK[1].tolist() == list(range(1, 201))  # bought again
+    assert whole.numpy() == pytest.approx(scores)
+    assert candidates.lengths_B2.tolist() == [[2, 2], [2, 2]]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_no_item_outside_passes_a_candidate_and_the_others_keep_their_order(seed):
+    rng = np.random.default_rng(seed)
+    fused = fusion(rng.normal(size=(3, ITEMS)), rng.normal(size=(3, ITEMS)), weights=(1.0, 0.3))
+    order = LearnedOrder(*(rng.normal(size=size).astype(np.float32) for size in ((10, 4), (4,), (4,))), 0.1)
+    batch = users(rng.integers(0, ITEMS, 3).tolist(), [rng.integers(0, ITEMS, 5) for _ in range(3)])
+    scores_BN, fused_BN = LearnedRanker(fused, order).scores(batch), fused.scores(batch)
+    candidates, _ = best_of(fused.scored(batch), batch, slice(0, 3))
+    for user, rows in enumerate(candidates.rows_BK):
+        others = np.setdiff1d(np.arange(ITEMS), [*rows, *batch.histories[user]])
+        assert scores_BN[user, rows].min() > scores_BN[user, others].max()
+        assert np.array_equal(np.argsort(scores_BN[user, others]), np.argsort(fused_BN[user, others]))
+
+
+def test_an_order_that_adds_nothing_ranks_as_the_fusion():
+    rng = np.random.default_rng(1)
+    fused = fusion(rng.normal(size=(20, ITEMS)), rng.normal(size=(20, ITEMS)))
+    batch = users(rng.integers(0, ITEMS, 20).tolist(), [rng.integers(0, ITEMS, 4) for _ in range(20)])
+    ranks = rank_users(batch, {"fused": fused, "learned": LearnedRanker(fused, plain(10))})
+    assert ranks["learned"].tolist() == ranks["fused"].tolist()
+
+
+def test_it_learns_what_a_weighted_sum_cannot_say():
+    """Who has a short history takes what the first part says, who has a long one what the second says."""
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(2, 1600, ITEMS)).astype(np.float32)
+    parts[:, :, 0] = -9  # the item of all histories
+    long = rng.random(1600) < 0.5
+    targets = np.where(long, parts[1].argmax(1), parts[0].argmax(1))
+    histories = [np.zeros(50 if each else 1, int) for each in long]
+    fused = fusion(*parts)
+    batch = users(targets, histories)
+    learnt, test = (
+        EvalBatch(batch.user_rows[part], batch.histories[part], batch.targets[part])
+        for part in (slice(1200), slice(1200, 1600))
+    )
+    order = learn(*examples_of(fused, learnt))
+    ranks = rank_users(test, {"fused": fused, "learned": LearnedRanker(fused, order)})
+    assert (ranks["learned"] == 1).mean() > (ranks["fused"] == 1).mean() + 0.2
+    again = learn(*examples_of(fused, learnt))
+    assert all(np.array_equal(getattr(order, name), getattr(again, name)) for name in ("first_FH", "bias_H", "last_H"))
+
+
+def test_examples_are_the_users_whose_target_is_a_candidate():
+    scores = np.arange(ITEMS, 0, -1.0)[None].repeat(3, 0)
+    candidates, places = examples_of(fusion(scores), users([1, 299, 7]))
+    assert places.tolist() == [0, 6]
+    assert candidates.rows_BK[:, 0].tolist() == [1, 1]
+
+
+def test_names_titles_groups_and_pairs():
+    names = ["text_only", "per_layer", "id_only", "id_only+cheap", "text_only+id+cheap", "per_layer+id+cheap"]
+    names += [name + "+learned" for name in names[3:]]
+    assert variant_title("per_layer+id+cheap+learned") == "RA-Rec (per layer) + ID + cheap + learned"
+    assert cheap_suffix("per_layer+id+cheap+learned") == "+cheap+learned"
+    assert variant_group("per_layer+id+cheap+learned") == 1 + variant_group("per_layer+id+cheap")
+    pairs = pairs_of_interest(names, "per_layer")
+    learned = {pair for pair in pairs if pair[0].endswith("+learned")}
+    assert learned >= {
+        ("per_layer+id+cheap+learned", "id_only+cheap+learned"),
+        ("per_layer+id+cheap+learned", "text_only+id+cheap+learned"),
+        ("per_layer+id+cheap+learned", "per_layer+id+cheap"),
+        ("id_only+cheap+learned", "id_only+cheap"),
+    }
+
+
+@pytest.mark.slow
+def test_rows_of_an_evaluation(run, monkeypatch):
+    """An order is learned on validation users, so that it has no figures there; of too few none is learned."""
+    monkeypatch.setattr(evaluator, "FEWEST", 5)
+    evaluate = run.config.evaluate.model_copy(update={"learned_users": 40})
+    config = run.config.model_copy(update={"evaluate": evaluate})
+    lines: list[str] = []
+    made = evaluator.Evaluator(config, run.dataset, run.baseline.ranker(), run.neighbours, run.world, lines.append)
+    made.rank_untrained()
+    assert len(made.ranks["id_only+cheap+learned"]) == len(made.ranks["id_only+cheap"])
+    assert "id_only+cheap+learned" not in made.validation_ranks
+    monkeypatch.setattr(evaluator, "FEWEST", 10**6)
+    made.ranks.clear()
+    made.rank_untrained()
+    assert "id_only+cheap+learned" not in made.ranks
+    assert any("left out" in line and "40 validation users" in line for line in lines)
+
+
+def test_a_learned_row_cannot_be_exported_yet(finished):
+    with pytest.raises(UserError, match=r"export\.variant"):
+        load_config(finished, ["export.variant=per_layer+id+cheap+learned"])
