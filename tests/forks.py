@@ -12,6 +12,7 @@ START.set_forkserver_preload(
         *("rarec.cli", "rarec.stages.run", "rarec.stages.results", "rarec.stages.export"),
         *("rarec.stages.variant_training", "rarec.data.engines.duckdb_engine", "rarec.data.preparation.pipeline"),
         *("rarec.ids.make", "rarec.ids.trainer", "rarec.neighbours.ease", "rarec.neighbours.lexical"),
+        "rarec.neighbours.semantic",
         *("rarec.models.language_model", "rarec.models.llm_attention", "rarec.training.loop", "rarec.training.zero"),
         *("rarec.distributed.watchdog", "rarec.planning.advice", "rarec.report.html"),
         *("rarec.evaluation.evaluator", "rarec.evaluation.collapse", "rarec.evaluation.diagnostics"),

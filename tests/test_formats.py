@@ -133,22 +133,24 @@ def assert_same_answers(result, expected) -> None:
             assert one == (pytest.approx(other, rel=1e-5, abs=1e-5) if isinstance(other, float) else other)
 
 
-def answers_of(recommender, history: list[str]) -> dict[str, object]:
-    """Return what a recommender says of a history and of items, but for lists of recommendations."""
+def answers_of(recommender, history: list[str], places: bool) -> dict[str, object]:
+    """Return what a recommender says of a history, of items and of the places of new ones."""
     known = recommender.items
     answers: dict[str, object] = {"compare": recommender.compare(history)}
     answers |= {f"explain {item}": recommender.explain(history, item) for item in known[:3]}
     answers |= {f"similar {item}": recommender.similar(item, 5) for item in known[:3]}
-    places = [("amber lamp", ""), ("", "of glass [SEP] and more"), ("no word that is known: ξ", "")]
-    return answers | {str(new): recommender.place(history, *new) for new in places}
+    new = [("amber lamp", ""), ("", "of glass [SEP] and more"), ("no word that is known: ξ", "")] if places else []
+    return answers | {str(item): recommender.place(history, *item) for item in new}
 
 
 @pytest.mark.slow
-def test_onnx_runtime_answers_everything_that_the_bundle_answers(served, recommender, everyone):
+def test_onnx_runtime_answers_all_but_what_needs_the_language_model(served, recommender, everyone):
     onnx, known = OnnxRecommender(served, "per_layer+id+cheap", threads=1), recommender.items
-    assert onnx.missing == {}
+    assert list(onnx.missing) == ["place"]
+    with pytest.raises(NotOffered, match="semantic"):
+        onnx.place(everyone[0], "amber lamp")
     for history in (everyone[0], everyone[1][:1], []):
-        result, expected = (answers_of(each, history) for each in (onnx, recommender))
+        result, expected = (answers_of(each, history, places=False) for each in (onnx, recommender))
         assert_same_answers(result, expected)
     for rules in ({"diversify": 0.5}, {"fallback": "none"}, {"allow": [*known[:4], "unknown"], "k": 6}):
         result, expected = (each.recommend([*everyone[:9], []], **rules) for each in (onnx, recommender))
@@ -198,7 +200,7 @@ def test_a_service_by_onnx_runtime_needs_no_torch(served, recommender, tmp_path)
     expected = recommender.compare(everyone[0])
     assert list(compared) == list(expected)
     assert same(listed, expected.values())
-    assert (refused.status_code, refused.json()["remedy"]) == (501, "pip install tokenizers scikit-learn")
+    assert (refused.status_code, refused.json()["remedy"]) == (501, "rarec serve BUNDLE --backend torch")
     assert "place is not offered" in started.events("warning")[0]["text"]
 
 
@@ -249,7 +251,7 @@ ids.model=comirec ids.comirec.dim=8 ids.comirec.epochs=2
 ENCODER = """
 prepare.split.new_items=0.2 graph={} graph.dim=8 prompt.user='{history}{soft:id},{soft:graph}'
 prompt.item='{soft:id}{soft:graph}{title}' train.variants=[per_layer] export.variant=per_layer+id+cheap
-ids.model=gru4rec ids.gru4rec.dim=8 ids.gru4rec.epochs=2
+ids.model=gru4rec ids.gru4rec.dim=8 ids.gru4rec.epochs=2 neighbours.models=[transition,ease,lexical]
 """.split()
 
 
@@ -283,7 +285,8 @@ def test_other_bundles(tmp_path, kind, overrides):
     onnx = OnnxRecommender(folder, recommender.row, threads=1)
     for history in users[:3]:
         if recommender.bundle.facts["model"]:
-            assert_same_answers(*(answers_of(each, history) for each in (onnx, recommender)))
+            places = "place" not in onnx.missing
+            assert_same_answers(*(answers_of(each, history, places) for each in (onnx, recommender)))
         else:
             assert_same_answers(*(each.compare(history) for each in (onnx, recommender)))
             assert_same_answers(*(each.explain(history, "i003") for each in (onnx, recommender)))

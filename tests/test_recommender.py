@@ -331,7 +331,8 @@ def _without_counts(bundle: Path) -> None:
 
 def test_the_bundle_holds_what_was_trained_and_no_pickle(bundle):
     names = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    tables = {f"neighbours/{name}.parquet" for name in ("cooccurrence", "transition", "ease", "lexical")}
+    models = ("cooccurrence", "transition", "ease", "lexical", "semantic")
+    tables = {f"neighbours/{name}.parquet" for name in models}
     tensors = {f"{name}.safetensors" for name in ("alignment", "vectors", "encoders")}
     assert names - {MARKER} == {"manifest.json", FACTS, "items.parquet", "README.md", *tables, *tensors}
     manifest = read_manifest(bundle, "bundle")

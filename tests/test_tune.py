@@ -60,7 +60,7 @@ def test_neighbour_models_are_trials_alone_and_fused(finished, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["tune.py", str(finished), str(tmp_path), "neighbours.decay=.5,1"])
     tune.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = ["cooccurrence", "transition", "ease", "lexical", "cheap"]
+    rows = ["cooccurrence", "transition", "ease", "lexical", "semantic", "cheap"]
     assert [line[:2] for line in lines[1:]] == [
         [f"neighbours.decay={decay}", row] for decay in (".5", "1") for row in rows
     ]

@@ -37,7 +37,7 @@ LOG, TABLE = "log/interactions.csv", "log/new.csv"
 FOLDERS = {
     "prepare": ["prepare"],
     "ids": ["ids/id"],
-    "neighbours": ["neighbours/cooccurrence", "neighbours/transition", "neighbours/ease", "neighbours/lexical"],
+    "neighbours": [f"neighbours/{name}" for name in ("cooccurrence", "transition", "ease", "lexical", "semantic")],
     "shards": ["shards"],
     "train": ["train/text_only", "train/per_layer"],
     "evaluate": ["evaluation"],

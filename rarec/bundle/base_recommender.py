@@ -29,7 +29,7 @@ from rarec.errors import UserError
 from rarec.neighbours.scores import newest_first, score
 
 if TYPE_CHECKING:
-    from rarec.neighbours.base import NewItems
+    from rarec.neighbours.base import NewItems, TextVectors
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -78,9 +78,12 @@ class BaseRecommender(ABC):
     def encode_new(self, title: str, text: str) -> Float32:
         """Return the variant's vector (Z,) of an item without ID vectors. Raises `UserError` where there is none."""
 
+    text_vectors: "TextVectors | None" = None
+    """The language model's vectors of texts, if they are there."""
+
     @cached_property
     def _new_items(self) -> "Mapping[str, NewItems]":
-        return self._row.new_items(self.catalogue)
+        return self._row.new_items(self.catalogue, self.text_vectors)
 
     # What it answers.
 

@@ -5,7 +5,7 @@
 | `manifest.json` | sha256 of every file; settings, inputs, figures of this row and of its rivals |
 | `recommender.json` | the row that is served, weights of its parts, prompt, language model: what it takes to score |
 | `items.parquet` | id, title, text and number of training interactions of every item, and columns that rules may name |
-| `vectors.safetensors` | item vectors: of the variant (`model`), and of every ID model (`ids/NAME`) |
+| `vectors.safetensors` | item vectors: of the variant (`model`), of every ID model (`ids/NAME`), of texts (`texts`) |
 | `encoders.safetensors` | weights of the ID models that read histories |
 | `alignment.safetensors`, `lora/` | the trained weights of the variant |
 | `neighbours/NAME.parquet` | neighbour tables |
@@ -50,8 +50,8 @@ from rarec.storage.files import open_file
 ITEMS, VECTORS, ENCODERS = "items.parquet", "vectors.safetensors", "encoders.safetensors"
 TABLES, LLM = "neighbours", "llm"
 """Folders: of the neighbour tables, and of the language model, if the bundle was exported with it."""
-MODEL, IDS = "model", "ids/"
-"""Names in `vectors.safetensors`: the variant's item vectors, and those of ID models."""
+MODEL, IDS, TEXTS = "model", "ids/", "texts"
+"""Names in `vectors.safetensors`: vectors of the variant, of ID models, and the language model's of plain texts."""
 FACTS = "recommender.json"
 REMEDY = "export it again: rarec export CONFIG --fresh"
 Columns = Mapping[str, str]
@@ -187,6 +187,7 @@ class Bundle:
         facts = self.facts
         dims: dict[str, int | None] = {IDS + name: source["dim"] for name, source in facts["sources"].items()}
         dims |= {MODEL: None} if facts["model"] else {}
+        dims |= {TEXTS: None} if TEXTS in self.vectors and self.reads_llm else {}
         for name in sorted({*dims, *self.vectors}):
             table = self.vectors.get(name, np.empty(0))
             fits = name in dims and table.ndim == 2 and table.size and len(table) == count
@@ -203,7 +204,7 @@ class Bundle:
 
     @cached_property
     def vectors(self) -> dict[str, Float32]:
-        """Item vectors by name: `model`, `ids/NAME`."""
+        """Item vectors by name: `model`, `ids/NAME`, `texts`."""
         # numpy has no bfloat16: a table of another type is refused with the shapes
         return {name: t.numpy() for name, t in self._tensors(VECTORS).items() if t.dtype == torch.float32}
 
@@ -273,6 +274,12 @@ class Bundle:
             with self._reading(_table_file(name)):  # it may have another table's columns, or rows beyond the catalogue
                 tables[name] = read_table(pa.BufferReader(data), len(self.catalogue.titles))
         return tables
+
+    @property
+    def reads_llm(self) -> bool:
+        """Whether a neighbour table is made from the language model's vectors of texts, and the row has that model."""
+        models = map(built_in, self.tables)
+        return bool(self.facts["model"]) and any(model.reads_llm for model in models if model)
 
     def knows_new_items(self, name: str) -> bool:
         """Return whether a neighbour model, or popularity, scores items without training interactions."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from rarec.bundle.bundle import IDS, MODEL, NO_COLUMNS, Bundle, Columns, Float32
+from rarec.bundle.bundle import IDS, MODEL, NO_COLUMNS, TEXTS, Bundle, Columns, Float32
 from rarec.bundle.conditions import DATED, KINDS
 from rarec.bundle.parts import Parts
 from rarec.bundle.recommended import Catalogue
@@ -26,7 +26,7 @@ from rarec.data.preparation.inputs import CANONICAL_INTEGER, ISO, as_text, read_
 from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
 from rarec.ids.source import LEFT, MAPPED_ITEMS
-from rarec.neighbours.base import pairs_of
+from rarec.neighbours.base import pairs_of, plain_texts
 
 
 def add_items(
@@ -63,13 +63,16 @@ def add_items(
     added = {IDS + name: table_AE for name, table_AE in given.items()}
     if MODEL in bundle.vectors:
         added[MODEL] = parts.model.encode_new(new.titles, new.texts, given)
+    if (texts := parts.model.text_vectors) is not None:
+        words = plain_texts(new.titles, new.texts, parts.row.untitled)
+        added[TEXTS] = texts.encode(list(words))
     all_vectors = {name: np.concatenate([table_NE, added[name]]) for name, table_NE in bundle.vectors.items()}
     encoders = {
         name: torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if _is_table(name) else tensor
         for name, tensor in bundle.encoders.items()
     }
     pairs = {name: [pairs_of(bundle.near[name])] for name in bundle.tables}
-    for name, new_items in parts.row.new_items(bundle.catalogue).items():
+    for name, new_items in parts.row.new_items(bundle.catalogue, texts).items():
         pairs[name] += new_items.added(new.titles, new.texts)
     catalogue = Catalogue.of(pa.concat_tables([bundle.catalogue.table, new.table]))
     return write_version(bundle, directory, {"added": count}, all_vectors, encoders, catalogue, pairs), count

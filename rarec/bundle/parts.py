@@ -19,15 +19,15 @@ import torch
 from scipy.sparse import csr_matrix
 
 from rarec.bundle.base_recommender import chances
-from rarec.bundle.bundle import FACTS, MODEL, REMEDY, Bundle, Float32, Rows
+from rarec.bundle.bundle import FACTS, MODEL, REMEDY, TEXTS, Bundle, Float32, Rows
 from rarec.bundle.row import Part, Row, Table
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.evaluation.results import part_title
 from rarec.ids.source import Source
 from rarec.models.build import build_model, load_weights, slots_reserved
-from rarec.models.encode import Encoder
-from rarec.models.language_model import LoadedModel, load_model
+from rarec.models.encode import Encoder, text_vectors
+from rarec.models.language_model import LoadedModel, load_model, without_adapter
 from rarec.prompts import PromptPair
 from rarec.ranking import EvalBatch, NeighbourRanker, Ranker, Scores, VectorRanker
 from rarec.ranking.rank import VectorScores
@@ -94,6 +94,17 @@ class BundledModel:
         except UserError as error:
             raise UserError(f"{self.bundle.directory / FACTS}: {error.problem}", REMEDY) from None
 
+    @property
+    def text_vectors(self) -> "BundledTexts | None":
+        """The language model's vectors of texts, which some neighbour tables are made from."""
+        return BundledTexts(self) if TEXTS in self.bundle.vectors else None  # there is none of a catalogue too large
+
+    @once
+    def without_adapter(self) -> LoadedModel:
+        """The language model without LoRA, beside the one with it."""
+        _ = self.encoder  # puts the model on its device
+        return without_adapter(self._loaded)
+
     def encode_new(self, titles: Sequence[str], texts: Sequence[str], vectors: Mapping[str, Float32]) -> Float32:
         """Return item vectors (N, Z) of items that are not in the catalogue.
 
@@ -145,6 +156,21 @@ class BundledModel:
             problem = f"{bundle.directory} belongs to another language model ({'; '.join(changed)})"
             raise UserError(problem, f"give the one that it was trained with: {known['name']}")
         return loaded
+
+
+class BundledTexts:
+    """See `TextVectors`.
+
+    Args:
+        model: of the bundle, which is loaded when a text is encoded.
+    """
+
+    def __init__(self, model: BundledModel) -> None:
+        self._model, self.known_ND = model, model.bundle.vectors[TEXTS]
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """See `TextVectors`."""
+        return text_vectors(self._model.without_adapter, texts)
 
 
 class Parts:

@@ -47,6 +47,7 @@ class Recommender(BaseRecommender):
         self.bundle = bundle
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
         super().__init__(self.parts.row, bundle.catalogue, bundle.date)
+        self.text_vectors = self.parts.model.text_vectors
 
     def best(self, plans: Sequence[Plan]) -> list[tuple[Rows, Float32]]:
         """See `BaseRecommender`."""

@@ -22,7 +22,7 @@ from rarec.errors import UserError
 from rarec.neighbours.scores import known, predicted, table_scores
 
 if TYPE_CHECKING:
-    from rarec.neighbours.base import NewItems
+    from rarec.neighbours.base import NewItems, TextVectors
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -187,8 +187,13 @@ class Row:
         own = slice(starts[item], starts[item + 1])
         return neighbours[own][np.argsort(-scores[own])].astype(np.int64)
 
-    def new_items(self, catalogue: Catalogue) -> "dict[str, NewItems]":
-        """Return what finds the neighbours of new items, for each table whose model is of rarec and knows them."""
+    def new_items(self, catalogue: Catalogue, vectors: "TextVectors | None" = None) -> "dict[str, NewItems]":
+        """Return what finds the neighbours of new items, for each table whose model is of rarec and knows them.
+
+        Args:
+            catalogue: the items.
+            vectors: the language model's, of texts; without them, a model that needs them is left out.
+        """
         from scipy.sparse import csr_matrix
 
         finders = {}
@@ -196,5 +201,6 @@ class Row:
             model = built_in(name)
             if model is not None and model.knows_new_items:
                 table_NN = csr_matrix((scores, neighbours, starts), (len(starts) - 1, len(starts) - 1))
-                finders[name] = model.new_items(catalogue.titles, catalogue.texts, self.untitled, table_NN, self.top)
-        return finders
+                known = catalogue.titles, catalogue.texts, self.untitled, table_NN, self.top
+                finders[name] = model.new_items(*known, vectors)
+        return {name: finder for name, finder in finders.items() if finder is not None}

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, VECTORS, Bundle, Float32
+from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, TEXTS, VECTORS, Bundle, Float32
 from rarec.bundle.facts import SCHEMA
 from rarec.bundle.recommended import Catalogue
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
@@ -81,6 +81,7 @@ class Contents:
         trained: the variant, if it is a part.
         sources: vectors that the variant's slots take, and the ID model, if it is a part.
         tables: folders of the neighbour tables that are parts.
+        texts_ND: the language model's vectors of plain texts, if a table is made from them and the variant is a part.
     """
 
     row: str
@@ -90,6 +91,7 @@ class Contents:
     trained: Trained | None
     sources: Mapping[str, Source]
     tables: Mapping[str, Path]
+    texts_ND: Float32 | None = None
 
 
 def write_bundle(directory: Path, contents: Contents, config: RunConfig) -> None:
@@ -105,6 +107,7 @@ def write_bundle(directory: Path, contents: Contents, config: RunConfig) -> None
     vectors = {IDS + name: source.items_NE for name, source in contents.sources.items()}
     if trained is not None:
         vectors[MODEL] = trained.items_NZ
+        vectors |= {TEXTS: contents.texts_ND} if contents.texts_ND is not None else {}
         save_weights(trained.model, directory, dtype=getattr(torch, config.export.dtype))
     save_tensors(vectors, directory / VECTORS)
     save_tensors(encoders_of(contents.sources), directory / ENCODERS)

@@ -48,11 +48,12 @@ class Neighbours(Section):
     """Item-item tables of the nearest neighbours: the cheapest rivals of every model here, and parts of late fusion."""
 
     models: list[Annotated[str, AfterValidator(_check_model)]] = Field(
-        default=["cooccurrence", "transition", "ease", "lexical"]
+        default=["cooccurrence", "transition", "ease", "lexical", "semantic"]
     )
     """Tables to make; `[]` makes none. `cooccurrence` (item-kNN): bought by the same users; `transition`: bought soon
-    after; `ease`: a linear item-item model in closed form; `lexical`: similar words in title and text (TF-IDF); or ones
-    of your own as `package.module:Name`."""
+    after; `ease`: a linear item-item model in closed form; `lexical`: similar words in title and text (TF-IDF);
+    `semantic`: titles and texts that the frozen language model reads alike; or ones of your own as
+    `package.module:Name`."""
     top: Positive = 200
     """Neighbours kept for each item."""
     newest: Positive = 10
@@ -73,6 +74,8 @@ class Neighbours(Section):
     lexical_items: Count = 500_000
     """Largest catalogue for `lexical`, which compares each item's words with those of all others: ten times the items
     take a hundred times as long. In a larger one it adds nothing."""
+    semantic_items: Count = 100_000
+    """The same for `semantic`, which compares each item's vector with those of all others."""
     longest: Positive = 200
     """Newest training interactions of a user that are counted: it bounds the pairs of a very active user."""
     settings: dict[str, Any] = Field(default={}, validate_default=True)

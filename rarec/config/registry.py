@@ -55,6 +55,7 @@ KINDS = {
             "transition": "rarec.neighbours.counting:Transition",
             "ease": "rarec.neighbours.ease:Ease",
             "lexical": "rarec.neighbours.lexical:Lexical",
+            "semantic": "rarec.neighbours.semantic:Semantic",
         },
     ),
     "losses": Kind(

@@ -98,6 +98,11 @@ class FrozenBackbone(nn.Module):
         return mask_BT * (torch.arange(mask_BT.shape[1], device=mask_BT.device) >= self.sink)
 
     @torch.no_grad()
+    def final_text_states(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return the pooled final hidden states (B, D) of prompts without slots."""
+        return pool_text(self(ids_BT, mask_BT), self.read_mask(mask_BT), self.pool)
+
+    @torch.no_grad()
     def block_inputs(
         self, ids_BT: Tensor, mask_BT: Tensor, blocks: Sequence[int], reduce: Callable[[Tensor], T]
     ) -> list[T]:

@@ -16,6 +16,7 @@ from rarec.distributed.world import CPU, SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.source import Source
 from rarec.models.backbone import FrozenBackbone
+from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, SideBatch, Tower, Vectors, side_batch, title_vectors
 from rarec.prompts import Encoded, PromptPair, by_length, lay_out
 from rarec.ranking import VectorRanker
@@ -24,6 +25,8 @@ Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]
 ITEMS_AT_A_TIME, STATES_AT_A_TIME = 1 << 16, 1 << 12
 """Items whose prompts are held at a time: to encode them, and for their states of several blocks."""
+TEXT_TOKENS, TEXTS_AT_A_TIME = 128, 64
+"""Of plain texts: the most tokens of one, and the number in a forward pass."""
 Split = Callable[[list[list[int]]], Iterator[tuple[bool, list[int]]]]
 """Splits chunks, each a list of prompts, among the ranks: a method of `World`."""
 
@@ -115,6 +118,34 @@ def text_batch(prompts: Sequence[Encoded], filler: int, device: torch.device) ->
     """Return token ids and mask (B, T) of prompts without slots."""
     laid = lay_out(prompts, {}, filler)
     return torch.from_numpy(laid.ids_BT).to(device), torch.from_numpy(laid.mask_BT).to(device)
+
+
+def text_vectors(
+    llm: LoadedModel, texts: Sequence[str], world: World = SINGLE, scratch: Scratch = IN_MEMORY
+) -> Float32:
+    """Return the frozen model's pooled final states of plain texts, (N, D); zero for a text without tokens.
+
+    Args:
+        llm: without LoRA.
+        texts: cut after 128 tokens.
+        world: the ranks that encode together.
+        scratch: for the result.
+    """
+    vectors_ND = scratch.zeros((len(texts), llm.backbone.hidden_size), np.float32)
+    words = llm.tokenizer
+    most = min(TEXT_TOKENS, llm.context_length - len(words.prefix) - len(words.suffix))
+    for start in range(0, len(texts), ITEMS_AT_A_TIME):
+        pieces = [words(text, most=most) for text in texts[start : start + ITEMS_AT_A_TIME]]
+        told = [row for row, piece in enumerate(pieces) if len(piece)]
+        prompts = [Encoded(np.concatenate([words.prefix, pieces[row], words.suffix]), {}) for row in told]
+        for mine, rows in world.split_in_lockstep(by_length(prompts, TEXTS_AT_A_TIME)):
+            batch = text_batch([prompts[row] for row in rows], words.filler, llm.backbone.device)
+            states_BD = llm.backbone.final_text_states(*batch).float().cpu().numpy()
+            if mine:
+                vectors_ND[start + np.array(told)[rows]] = states_BD
+        part = slice(start, start + len(pieces))
+        vectors_ND[part] = world.all_reduce_sum_(vectors_ND[part])
+    return vectors_ND
 
 
 def text_states(

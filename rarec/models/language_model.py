@@ -3,6 +3,7 @@
 Shape letters: B batch, H heads, G heads of keys and values, T positions, C size of a head.
 """
 
+import copy
 import importlib.util
 import warnings
 from dataclasses import dataclass, replace
@@ -135,11 +136,24 @@ def with_adapter(loaded: LoadedModel, lora: Lora | None, seed: int) -> LoadedMod
     Raises:
         UserError: the adapters do not fit the architecture.
     """
-    adapted = loaded.backbone
-    model = adapted.model.unload() if hasattr(adapted.model, "peft_config") else adapted.model
-    model = with_lora(model, lora, seed) if lora is not None else model
-    how = (adapted.pool, adapted.recomputes, adapted.sink, adapted.packs)
-    return replace(loaded, backbone=FrozenBackbone(model, *how).eval())
+    model = loaded.backbone.model
+    model = model.unload() if hasattr(model, "peft_config") else model
+    return replace(loaded, backbone=_like(loaded, with_lora(model, lora, seed) if lora is not None else model))
+
+
+def without_adapter(loaded: LoadedModel) -> LoadedModel:
+    """Return the language model without LoRA weights; it shares the frozen ones, and may run beside `loaded`."""
+    model = loaded.backbone.model
+    if not hasattr(model, "peft_config"):
+        return loaded
+    apart = copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers())})
+    return replace(loaded, backbone=_like(loaded, apart.unload()))
+
+
+def _like(loaded: LoadedModel, model: Any) -> FrozenBackbone:
+    """Return another model that is frozen, and read, as one is."""
+    known = loaded.backbone
+    return FrozenBackbone(model, known.pool, known.recomputes, known.sink, known.packs).eval()
 
 
 def with_lora(model: Any, config: Lora, seed: int) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ class SlotInjector:
         self.blocks = blocks
         self._present: Variable = ContextVar("slots", default=None)
         for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(partial(_overwrite, self._present, index), with_kwargs=True)
+            block.register_forward_pre_hook(_Overwrite(self._present, index), with_kwargs=True)
 
     @property
     def current(self) -> Slots | None:
@@ -93,14 +92,29 @@ class _Injection(AbstractContextManager[None]):
             self._variable.reset(self._token)
 
 
-def _overwrite(
-    variable: Variable, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Overwrite the input of a block, the `index`-th, if it gets slots."""
-    present = variable.get()
-    if present is None or index not in present.by_block:
-        return None
-    hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
-    index_BKD = present.slots.positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
-    hidden_BTD = hidden_BTD.scatter(1, index_BKD, present.by_block[index].to(hidden_BTD.dtype))
-    return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+@dataclass(frozen=True)
+class _Overwrite:
+    """A block's hook, which overwrites the block's input if it gets slots.
+
+    Attributes:
+        variable: the slots that are injected.
+        index: of the block.
+    """
+
+    variable: Variable
+    index: int
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        present = self.variable.get()
+        if present is None or self.index not in present.by_block:
+            return None
+        hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+        index_BKD = present.slots.positions_BK.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1])
+        hidden_BTD = hidden_BTD.scatter(1, index_BKD, present.by_block[self.index].to(hidden_BTD.dtype))
+        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
+
+    def __deepcopy__(self, memo: object) -> "_Overwrite":
+        """Return the same hook for a copy of the block: context variables cannot be copied."""
+        return self

@@ -31,13 +31,31 @@ if TYPE_CHECKING:
 Rows = npt.NDArray[np.integer]
 Float32 = npt.NDArray[np.float32]
 
-TABLE = "neighbours.parquet"
+TABLE, VECTORS = "neighbours.parquet", "vectors.npy"
+"""Files: the table, and the vectors of texts that it was made from, where it `reads_llm`."""
 LARGEST = 1e12
 """Score that is taken from a file: sums of larger ones might overflow."""
 ROWS = 1 << 20
 """Rows read at a time."""
 _COLUMNS = {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}
 SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
+
+
+BLOCK = 1 << 22
+"""Number of scores held at a time."""
+
+
+class TextVectors(Protocol):
+    """The frozen language model's vectors of texts; zero for an empty one.
+
+    Attributes:
+        known_ND: of the catalogue's titles and texts.
+    """
+
+    known_ND: Float32
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """Return the vectors of other texts, (A, D)."""
 
 
 class NewItems(Protocol):
@@ -62,6 +80,8 @@ class NeighbourModel(ABC):
             `neighbours` have the section's values, all others are set in `neighbours.settings`.
         title: its name in tables and reports.
         knows_new_items: whether it scores items that do not occur in training.
+        reads_llm: whether it needs the language model's vectors of texts.
+        text_vectors: these, of titles and texts, (N, D); set before the table is made.
         limit: the field of the `Config` that is the largest catalogue for it.
         needs: what the data lacks if no item has a neighbour.
     """
@@ -69,6 +89,8 @@ class NeighbourModel(ABC):
     Config: ClassVar[type[NeighbourConfig]] = NeighbourConfig
     title: ClassVar[str]
     knows_new_items: ClassVar[bool] = False
+    reads_llm: ClassVar[bool] = False
+    text_vectors: Float32 | None = None
     limit: ClassVar[str | None] = None
     needs: ClassVar[str] = "no user has two different items"
 
@@ -105,8 +127,14 @@ class NeighbourModel(ABC):
 
     @classmethod
     def new_items(
-        cls, titles: Sequence[str], texts: Sequence[str], untitled: str, table_NN: sparse.csr_matrix, top: int
-    ) -> NewItems:
+        cls,
+        titles: Sequence[str],
+        texts: Sequence[str],
+        untitled: str,
+        table_NN: sparse.csr_matrix,
+        top: int,
+        vectors: TextVectors | None = None,
+    ) -> NewItems | None:
         """Return what finds the neighbours of new items; for a model that knows them.
 
         Args:
@@ -115,6 +143,7 @@ class NeighbourModel(ABC):
             untitled: the text that replaces a missing title.
             table_NN: its table.
             top: M.
+            vectors: the language model's, if there is one: without it, a model that `reads_llm` returns None.
         """
         raise NotImplementedError(f"{cls.__name__} knows no new items")
 
@@ -135,6 +164,18 @@ def nearest(item: int, items: Rows, scores: Float32, top: int) -> tuple[Rows, Fl
         items, scores = items[near], scores[near]
     best = np.lexsort((items, -scores))[:top]
     return items[best], scores[best]
+
+
+def last_scores(table_NN: sparse.csr_matrix, top: int) -> Float32:
+    """Return the score of each item's last neighbour, (N,); 0 where it has fewer than M."""
+    data = np.append(table_NN.data, np.float32(0))
+    least_N = np.minimum.reduceat(data, table_NN.indptr[:-1])
+    return np.where(np.diff(table_NN.indptr) >= top, least_N, np.float32(0))
+
+
+def plain_texts(titles: Iterable[str], texts: Iterable[str], untitled: str) -> Iterator[str]:
+    """Yield the words of items; `untitled` stands for a missing title, and is none of them."""
+    return (text if title == untitled else f"{title} {text}" for title, text in zip(titles, texts, strict=True))
 
 
 def matrix_of(near: Iterable[tuple[Rows, Float32]], n_items: int) -> sparse.csr_matrix:

@@ -3,7 +3,7 @@
 Shape letters: N catalogue, C items of a block, M neighbours kept, A added items.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,21 @@ from scipy import sparse
 
 from rarec.config.neighbours import NeighbourConfig
 from rarec.data.dataset import PreparedDataset
-from rarec.neighbours.base import Float32, NeighbourModel, Rows, batch_of, matrix_of, nearest
+from rarec.neighbours.base import (
+    BLOCK,
+    Float32,
+    NeighbourModel,
+    Rows,
+    TextVectors,
+    batch_of,
+    last_scores,
+    matrix_of,
+    nearest,
+    plain_texts,
+)
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
-
-BLOCK = 1 << 22
-"""Number of scores held at a time."""
 
 
 class Lexical(NeighbourModel):
@@ -50,7 +58,13 @@ class Lexical(NeighbourModel):
 
     @classmethod
     def new_items(
-        cls, titles: Sequence[str], texts: Sequence[str], untitled: str, table_NN: sparse.csr_matrix, top: int
+        cls,
+        titles: Sequence[str],
+        texts: Sequence[str],
+        untitled: str,
+        table_NN: sparse.csr_matrix,
+        top: int,
+        vectors: TextVectors | None = None,
     ) -> "Words":
         """See `NeighbourModel`."""
         return Words(titles, texts, untitled, table_NN, top)
@@ -79,10 +93,7 @@ class Words:
             self._known = self._vectoriser.fit_transform(plain_texts(titles, texts, untitled))
         except ValueError:  # no text has a word
             self._known = None
-        sizes_N = np.diff(table_NN.indptr)
-        data = np.append(table_NN.data, np.float32(0))
-        least_N = np.minimum.reduceat(data, table_NN.indptr[:-1])
-        self._least_N = np.where(sizes_N >= top, least_N, 0.0)
+        self._least_N = last_scores(table_NN, top)
 
     def neighbours_of(self, title: str, text: str) -> tuple[Rows, Float32]:
         """See `NewItems`. An item takes the new one beside its old neighbours if it is as near as the last of these."""
@@ -104,11 +115,6 @@ class Words:
         for item, (title, text) in enumerate(zip(titles, texts, strict=True), first):
             near, scores = self.neighbours_of(title, text)
             yield batch_of(near, np.full(len(near), item), scores)
-
-
-def plain_texts(titles: Iterable[str], texts: Iterable[str], untitled: str) -> Iterator[str]:
-    """Yield the words of items; `untitled` stands for a missing title, and is none of them."""
-    return (text if title == untitled else f"{title} {text}" for title, text in zip(titles, texts, strict=True))
 
 
 def _vectoriser() -> "TfidfVectorizer":

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.config.neighbours import Graph, Neighbours
@@ -11,6 +11,9 @@ from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import PROGRESS, Manifest, sha256_json
 from rarec.storage.directories import claim
+
+if TYPE_CHECKING:
+    from rarec.neighbours.base import Float32
 
 COMPUTES = ("engine", "spark", "memory", "scratch")
 """Fields of `prepare` that say how the dataset is computed, not what it is: every engine gives the same."""
@@ -140,7 +143,7 @@ class NeighboursStage(Stage):
     """The neighbour table of one model."""
 
     name = "neighbours"
-    summary = "Count which items are neighbours: bought together, one after the other, or alike in their words."
+    summary = "Count which items are neighbours: bought together, one after the other, alike in words or meaning."
     shareable = True
 
     @classmethod
@@ -156,10 +159,25 @@ class NeighboursStage(Stage):
         """See `Stage`."""
         return {"prepare": self.run.stage("prepare")}
 
+    @property
+    def reads_llm(self) -> bool:
+        """Whether the table is made from the language model's vectors of texts."""
+        return bool(self.run.config.neighbours.class_of(self.part).reads_llm)
+
+    def outside_inputs(self) -> dict[str, str]:
+        """See `Stage`: the hash of the language model, where it is read."""
+        return {"llm": self.run.llm_hash} if self.reads_llm else {}
+
+    def location_key(self) -> object:
+        """See `Stage`: the language model's name, where it is read."""
+        return self.run.config.llm.model_dump(mode="json", include=set(LLM_FIELDS)) if self.reads_llm else None
+
     def build(self, directory: Path) -> Built:
-        """See `Stage`."""
+        """See `Stage`. A model that reads the language model leaves the vectors of the catalogue's texts as well."""
+        import numpy as np
+
         from rarec.data.engines import open_engine
-        from rarec.neighbours.base import write_table
+        from rarec.neighbours.base import VECTORS, write_table
 
         run = self.run
         config = run.config.neighbours
@@ -167,10 +185,14 @@ class NeighboursStage(Stage):
         engine = partial(open_engine, run.config.prepare, directory / "spill")
         model = config.class_of(self.part)(config.config_of(self.part), engine)
         fits = n_items <= model.largest
+        if model.reads_llm and fits:
+            model.text_vectors = self._text_vectors()
         top = model.config.top
 
         def write() -> None:
             pairs = figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
+            if model.text_vectors is not None:
+                np.save(directory / VECTORS, model.text_vectors, allow_pickle=False)
             lacking = model.needs if fits else f"more items than neighbours.{model.limit}"
             few = f"; all that there are, fewer than neighbours.top, {top:,}" if top >= n_items else ""
             note = few if pairs else f": {lacking}, so it will add nothing"
@@ -179,6 +201,17 @@ class NeighboursStage(Stage):
         figures: dict[str, int] = {}
         run.world.run_on_main(write)
         return Built(figures)
+
+    def _text_vectors(self) -> "Float32":
+        """Return the language model's vectors of titles and texts, (N, D); all ranks compute them."""
+        from rarec.models.encode import text_vectors
+        from rarec.neighbours.base import plain_texts
+
+        run, dataset = self.run, self.run.dataset
+        texts = list(plain_texts(dataset.titles, dataset.texts, dataset.untitled))
+        run.world.report("reading the catalogue")
+        with run.engine.serving(run.llm.backbone):
+            return text_vectors(run.llm, texts, run.world, run.scratch)
 
 
 class ShardsStage(Stage):

@@ -105,9 +105,12 @@ class ExportStage(Stage):
         return best.name, f"{best.title}, the best on validation users ({value})"
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
+        import numpy as np
+
         from rarec.bundle.items import columns_of
         from rarec.bundle.recommended import Catalogue
         from rarec.bundle.write import Contents
+        from rarec.neighbours.base import VECTORS
 
         run = self.run
         items = run.dataset
@@ -122,7 +125,9 @@ class ExportStage(Stage):
         ids = items.item_ids.whole()
         columns = columns_of(run.config.prepare, ids)
         catalogue = Catalogue(ids, list(items.titles), list(items.texts), items.train_counts_N, columns)
-        return Contents(row, parts, run.baseline.name, catalogue, trained, sources, tables)
+        read = next((folder / VECTORS for folder in tables.values() if (folder / VECTORS).exists()), None)
+        texts_ND = np.load(read, allow_pickle=False) if trained and read else None
+        return Contents(row, parts, run.baseline.name, catalogue, trained, sources, tables, texts_ND)
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""

@@ -353,8 +353,12 @@ class Run:
     @property
     def model_inputs(self) -> dict[str, str]:
         """Hashes of the language model and the prompt: what shards and models are made from beside artefacts."""
-        identity = {key: value for key, value in self.llm.identity.items() if key not in ("name", "revision")}
-        return {"llm": sha256_json(identity), "prompt": self.prompts.fingerprint}
+        return {"llm": self.llm_hash, "prompt": self.prompts.fingerprint}
+
+    @property
+    def llm_hash(self) -> str:
+        """Hash of the language model, wherever it is."""
+        return sha256_json({key: value for key, value in self.llm.identity.items() if key not in ("name", "revision")})
 
     def _source(self, name: str) -> "Source":
         from rarec.ids.source import open_source
