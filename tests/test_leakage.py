@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rarec.data.dataset import PreparedDataset, check_no_leaks
 from rarec.data.selection import select_samples
 from rarec.entry import open_run
 from rarec.errors import UserError
+from rarec.ranking import EvalBatch, VectorRanker, rank_users
 from tests.conftest import make_world
 from tests.datasets import prepared
 
@@ -131,3 +133,30 @@ def test_a_temporal_split_that_trains_or_asks_outside_its_windows_is_refused(tem
     ):
         with pytest.raises(UserError, match=named):
             check_no_leaks(replace(temporal, manifest={**temporal.manifest, "cut_times": cuts}))
+
+
+@pytest.mark.slow
+def test_the_order_of_items_ids_says_nothing(tmp_path):
+    """In the public files of Amazon, purchases of one day stand in the order of their ids: no part may know that."""
+    names = [f"i{item:03d}" for item in range(40)]
+    others = dict(zip(names, np.random.default_rng(3).permutation(names).tolist(), strict=True))
+    ranks = []
+    for place in ("known", "renumbered"):
+        config = make_world(tmp_path / place)
+        log = pd.read_csv(tmp_path / place / "log" / "interactions.csv").assign(time=lambda rows: rows.time // 300_000)
+        items = pd.read_csv(tmp_path / place / "log" / "items.csv")
+        if place == "renumbered":
+            log, items = (table.assign(item=table.item.map(others)) for table in (log, items))
+        log.to_csv(tmp_path / place / "log" / "interactions.csv", index=False)  # with several purchases of one time
+        items.sort_values("item").to_csv(tmp_path / place / "log" / "items.csv", index=False)
+        run = open_run(config)
+        run.run(["prepare", "neighbours"])
+        dataset = run.dataset
+        batch = EvalBatch.of(dataset, dataset.targets("test"))
+        users = np.argsort(dataset.user_ids.take(batch.user_rows).to_pylist())
+        rankers = {**run.neighbours, "popularity": VectorRanker.of_counts(dataset.train_counts_N)}
+        ranks.append({name: ranks_U[users] for name, ranks_U in rank_users(batch, rankers).items()})
+    for name, ranks_U in ranks[0].items():
+        moved_U = np.abs(ranks_U - ranks[1][name])  # equal scores may round apart
+        assert (moved_U > 0).mean() < 0.1, name
+        assert moved_U.max() <= 2, name
