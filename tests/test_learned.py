@@ -1,19 +1,29 @@
 """The learned order: features and scores by hand, what it learns, that no other item passes a candidate, its row."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
-from rarec.config import load_config
+import rarec
+from rarec.bundle.bundle import ORDER
+from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.evaluation import evaluator
 from rarec.evaluation.learned import examples_of, learn
 from rarec.evaluation.results import cheap_suffix, variant_group, variant_title
 from rarec.evaluation.rows import pairs_of_interest
+from rarec.export import write_targets
 from rarec.ranking import EvalBatch, FusedRanker, VectorRanker, rank_users
 from rarec.ranking.learned import Candidates, LearnedOrder, LearnedRanker, best_of
+from rarec.stages.run import Run
+from rarec.storage.files import read_json
+from tests.recommending import sealed
 
+ROW = "per_layer+id+cheap+learned"
 ITEMS = 300
 
 
@@ -107,18 +117,22 @@ def test_it_learns_what_a_weighted_sum_cannot_say():
         EvalBatch(batch.user_rows[part], batch.histories[part], batch.targets[part])
         for part in (slice(1200), slice(1200, 1600))
     )
-    order = learn(*examples_of(fused, learnt))
+    order = learn(examples_of(fused, learnt))
     ranks = rank_users(test, {"fused": fused, "learned": LearnedRanker(fused, order)})
     assert (ranks["learned"] == 1).mean() > (ranks["fused"] == 1).mean() + 0.2
-    again = learn(*examples_of(fused, learnt))
+    again = learn(examples_of(fused, learnt))
     assert all(np.array_equal(getattr(order, name), getattr(again, name)) for name in ("first_FH", "bias_H", "last_H"))
 
 
 def test_examples_are_the_users_whose_target_is_a_candidate():
     scores = np.arange(ITEMS, 0, -1.0)[None].repeat(3, 0)
-    candidates, places = examples_of(fusion(scores), users([1, 299, 7]))
-    assert places.tolist() == [0, 6]
-    assert candidates.rows_BK[:, 0].tolist() == [1, 1]
+    examples = examples_of(fusion(scores), users([1, 299, 7]))
+    assert examples.user_rows.tolist() == [0, 2]
+    assert examples.places_U.tolist() == [0, 6]
+    assert examples.candidates.rows_BK[:, 0].tolist() == [1, 1]
+    others = examples.without(np.array([0, 1]))
+    assert (others.user_rows.tolist(), others.places_U.tolist()) == ([2], [6])
+    assert others.candidates.shares_BKP.shape == (1, 200, 1)
 
 
 def test_names_titles_groups_and_pairs():
@@ -138,23 +152,73 @@ def test_names_titles_groups_and_pairs():
 
 
 @pytest.mark.slow
-def test_rows_of_an_evaluation(run, monkeypatch):
-    """An order is learned on validation users, so that it has no figures there; of too few none is learned."""
-    monkeypatch.setattr(evaluator, "FEWEST", 5)
+def test_an_order_of_too_few_users_is_left_out(run):
     evaluate = run.config.evaluate.model_copy(update={"learned_users": 40})
-    config = run.config.model_copy(update={"evaluate": evaluate})
-    lines: list[str] = []
+    config, lines = run.config.model_copy(update={"evaluate": evaluate}), list[str]()
     made = evaluator.Evaluator(config, run.dataset, run.baseline.ranker(), run.neighbours, run.world, lines.append)
     made.rank_untrained()
-    assert len(made.ranks["id_only+cheap+learned"]) == len(made.ranks["id_only+cheap"])
-    assert "id_only+cheap+learned" not in made.validation_ranks
-    monkeypatch.setattr(evaluator, "FEWEST", 10**6)
-    made.ranks.clear()
-    made.rank_untrained()
-    assert "id_only+cheap+learned" not in made.ranks
+    assert "id_only+cheap+learned" not in {**made.ranks, **made.validation_ranks}
     assert any("left out" in line and "40 validation users" in line for line in lines)
 
 
-def test_a_learned_row_cannot_be_exported_yet(finished):
-    with pytest.raises(UserError, match=r"export\.variant"):
-        load_config(finished, ["export.variant=per_layer+id+cheap+learned"])
+@pytest.fixture(scope="module")
+def learned(finished, tmp_path_factory) -> Run:
+    """A finished run whose bundle is of a row in a learned order."""
+    root = tmp_path_factory.mktemp("learned") / "run"
+    shutil.copytree(open_run(finished).root, root)
+    overrides = [f"run.dir={root}", "evaluate.learned_users=60", f"export.variant={ROW}"]
+    run = open_run(finished, overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "FEWEST", 5)
+        run.run(["evaluate", "export"], fresh=True)
+    return run
+
+
+@pytest.mark.slow
+def test_a_bundle_serves_what_was_evaluated(learned):
+    served, dataset = rarec.load(learned.directory("export")), learned.dataset
+    batch = EvalBatch.of(dataset, dataset.targets("test"))
+    histories = [[dataset.item_ids[int(item)] for item in history] for history in batch.histories]
+    ranks = learned.ranks().set_index(["variant", "user"])["rank"]
+    lists = served.recommend(histories, k=10, fallback="none")
+    for user, target, items in zip(batch.user_rows, batch.targets, lists, strict=True):
+        rank = ranks[ROW, dataset.user_ids[int(user)]]
+        place = [entry.item for entry in items].index(dataset.item_ids[int(target)]) + 1 if rank <= 10 else None
+        assert rank == (place or rank)
+        assert place or dataset.item_ids[int(target)] not in [entry.item for entry in items]
+    assert (ranks[ROW] != ranks[ROW.removesuffix("+learned")]).any()
+    validation = {row["variant"] for row in read_json(learned.directory("evaluate") / "validation.json")}
+    assert {ROW, "id_only+cheap+learned"} <= validation  # so that the best row may be one
+
+
+@pytest.mark.slow
+def test_what_cannot_have_a_learned_order_is_refused_by_name(learned, tmp_path):
+    served = rarec.load(learned.directory("export"))
+    for target in ("vectors", "faiss", "onnx"):
+        with pytest.raises(UserError, match="learned order"):
+            write_targets(served, [target], tmp_path / target, say=print)
+        assert not (tmp_path / target).exists()
+    for call in (lambda: served.query_vectors([served.items[:3]]), lambda: served.place(served.items[:3], "lamp")):
+        with pytest.raises(UserError, match="learned order"):
+            call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.update(last_H=weights["last_H"] * np.float32("nan")),
+        lambda weights: weights.update(first_FH=weights["first_FH"][1:]),
+        lambda weights: weights.pop("factor"),
+    ],
+)
+def test_a_damaged_order_is_refused_with_its_file(learned, tmp_path, change):
+    bundle = shutil.copytree(learned.directory("export"), tmp_path / "bundle")
+    weights = load_file(bundle / ORDER)
+    change(weights)
+    save_file(weights, bundle / ORDER)
+    with pytest.raises(UserError, match=f"{ORDER} was altered"):
+        rarec.load(bundle)
+    sealed(bundle)
+    with pytest.raises(UserError, match=ORDER):
+        rarec.load(bundle)

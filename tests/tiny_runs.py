@@ -30,6 +30,7 @@ shards: {samples_per_shard: 32}
 train:
   {batch_size: 16, epochs: 1, validate_every: 3, variants: [text_only, per_layer], validation_users: 20, trackers: []}
 evaluate: {resamples: 20}
+export: {variant: per_layer+id+cheap}
 report: {examples: 1}
 """
 RUN, BUNDLE, OUT = "run", "run/bundle", "run/out"

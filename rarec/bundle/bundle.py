@@ -9,6 +9,7 @@
 | `encoders.safetensors` | weights of the ID models that read histories |
 | `alignment.safetensors`, `lora/` | the trained weights of the variant |
 | `neighbours/NAME.parquet` | neighbour tables |
+| `order.safetensors` | the learned order of a row `+learned` |
 
 Shape letters: N catalogue, Z size of a scored vector, E source dimension.
 """
@@ -41,13 +42,16 @@ from rarec.config.load import validated
 from rarec.config.neighbours import built_in
 from rarec.config.schema import Prepare
 from rarec.errors import UserError
+from rarec.evaluation.results import LEARNED
 from rarec.ids.source import BIAS, INNER, LEFT, MAPPED_ITEMS, MATRIX, Source, users_of
 from rarec.models.build import ALIGNMENT, LORA_WEIGHTS, SourceShape
 from rarec.neighbours.base import read_table
+from rarec.ranking.learned import LearnedOrder
 from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.storage.files import open_file
 
 ITEMS, VECTORS, ENCODERS = "items.parquet", "vectors.safetensors", "encoders.safetensors"
+ORDER = "order.safetensors"
 TABLES, LLM = "neighbours", "llm"
 """Folders: of the neighbour tables, and of the language model, if the bundle was exported with it."""
 MODEL, IDS, TEXTS = "model", "ids/", "texts"
@@ -95,7 +99,7 @@ class Bundle:
         files = bundle.manifest["files"]
         if FACTS not in files:
             raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", REMEDY)
-        own = {FACTS, ITEMS, VECTORS, ENCODERS, *bundle.weights, *map(_table_file, bundle.tables)}
+        own = {FACTS, ITEMS, VECTORS, ENCODERS, ORDER, *bundle.weights, *map(_table_file, bundle.tables)}
         check_files(directory, bundle.manifest, REMEDY, names=sorted(set(files) - own))
         inside = (path for path in (bundle.llm.rglob("*") if bundle.llm else ()) if not path.is_dir())
         unlisted = next((path for path in inside if path.relative_to(directory).as_posix() not in files), None)
@@ -103,7 +107,7 @@ class Bundle:
             raise UserError(f"{unlisted} is not in {directory / MANIFEST}", "move it away")
         bundle._check_vectors()
         # each is read and checked now, and kept
-        _ = bundle.sources, bundle.near, bundle.prepare(), bundle.facts["model"] and bundle.config
+        _ = bundle.sources, bundle.near, bundle.order, bundle.prepare(), bundle.facts["model"] and bundle.config
         return bundle
 
     @property
@@ -274,6 +278,18 @@ class Bundle:
             with self._reading(_table_file(name)):  # it may have another table's columns, or rows beyond the catalogue
                 tables[name] = read_table(pa.BufferReader(data), len(self.catalogue.titles))
         return tables
+
+    @cached_property
+    def order(self) -> LearnedOrder | None:
+        """The learned order of the row, if it has one."""
+        if not self.facts["row"].endswith(LEARNED):
+            return None
+        tensors = self._tensors(ORDER)
+        with self._reading(ORDER):
+            first_FH, bias_H, last_H = (tensors[name].float().numpy() for name in ("first_FH", "bias_H", "last_H"))
+            order = LearnedOrder(first_FH, bias_H, last_H, float(tensors["factor"]))
+            order.check(len(self.facts["parts"]))
+        return order
 
     @property
     def reads_llm(self) -> bool:

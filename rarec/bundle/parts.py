@@ -29,7 +29,8 @@ from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder, text_vectors
 from rarec.models.language_model import LoadedModel, load_model, without_adapter
 from rarec.prompts import PromptPair
-from rarec.ranking import EvalBatch, NeighbourRanker, Ranker, Scores, VectorRanker
+from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, Ranker, Scores, VectorRanker
+from rarec.ranking.learned import LearnedRanker
 from rarec.ranking.rank import VectorScores
 from rarec.storage.artefacts import differences
 
@@ -186,7 +187,7 @@ class Parts:
         model: the variant around its language model.
         rankers: the parts of the row that is served, by name.
         row: that is served.
-        ranker: of the row.
+        ranker: of the row, but for a learned order.
     """
 
     def __init__(
@@ -197,6 +198,11 @@ class Parts:
         self.rankers = {name: self._ranker(name) for name in bundle.facts["parts"]}
         self.row = self._row()
         self.ranker = DenseForm(self.row, self.rankers)
+        self._whole: Ranker = self.ranker
+        if bundle.order is not None:
+            each = bundle.facts["parts"].values()
+            weights, slopes = (tuple(part[name] for part in each) for name in ("weight", "slope"))
+            self._whole = LearnedRanker(FusedRanker(tuple(self.rankers.values()), weights, slopes), bundle.order)
 
     @property
     def dense(self) -> "DenseForm":
@@ -210,7 +216,7 @@ class Parts:
 
     def scored(self, histories: RowsOfUsers) -> Scores:
         """Return the scores of the row after some histories."""
-        return self.ranker.scored(unknown_users(histories))
+        return self._whole.scored(unknown_users(histories))
 
     def _ranker(self, name: str) -> Ranker:
         bundle = self.bundle
@@ -252,6 +258,7 @@ class Parts:
             compared=next((name for name in (variant, "id") if name in parts), None),
             untitled=facts["tables"]["items"]["untitled"],
             top=rule["top"],
+            is_learned=self.bundle.order is not None,
         )
 
     @property
@@ -263,7 +270,7 @@ class Parts:
 def unknown_users(histories: RowsOfUsers) -> EvalBatch:
     """Return users of no dataset, by their histories."""
     nobody = np.zeros(len(histories), np.int64)
-    return EvalBatch(nobody, histories, nobody)
+    return EvalBatch(nobody, histories, nobody - 1)
 
 
 def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rarec.bundle.base_recommender import BaseRecommender
+from rarec.bundle.base_recommender import BaseRecommender, NotOffered
 from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
 from rarec.bundle.parts import Parts
 from rarec.bundle.recommended import History, Id, Recommendations
@@ -48,6 +48,9 @@ class Recommender(BaseRecommender):
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
         super().__init__(self.parts.row, bundle.catalogue, bundle.date)
         self.text_vectors = self.parts.model.text_vectors
+        if bundle.order is not None:
+            problem = f"{self.row} has a learned order, in which no new item has a place before it is added"
+            self.missing = {"place": NotOffered(problem, "export the row without +learned")}
 
     def best(self, plans: Sequence[Plan]) -> list[tuple[Rows, Float32]]:
         """See `BaseRecommender`."""

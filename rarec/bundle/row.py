@@ -71,6 +71,7 @@ class Row:
         compared: name of the part by whose vectors items are compared, if there is one.
         untitled: the text that replaces a missing title.
         top: number of neighbours that a table keeps of each item.
+        is_learned: whether the best items are in a learned order, which scores of no vectors have.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Row:
     compared: str | None
     untitled: str = ""
     top: int = 0
+    is_learned: bool = False
 
     @cached_property
     def dense(self) -> dict[str, Part]:
@@ -143,6 +145,8 @@ class Row:
             problem = "this row has no vectors: no table of vectors has its scores"
         elif any((weight_N < 0).any() for weight_N in self.table_weights.values()):
             problem = "this row lowers the score of items by their neighbours: no table has its scores"
+        elif self.is_learned:
+            raise UserError(f"{self.name} has a learned order, which no table has", "export the row without +learned")
         if problem:
             raise UserError(problem, "export a row with a variant: VARIANT+id")
 

@@ -20,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, TABLES, TEXTS, VECTORS, Bundle, Float32
+from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, ORDER, TABLES, TEXTS, VECTORS, Bundle, Float32
 from rarec.bundle.facts import SCHEMA
 from rarec.bundle.recommended import Catalogue
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
@@ -82,6 +82,7 @@ class Contents:
         sources: vectors that the variant's slots take, and the ID model, if it is a part.
         tables: folders of the neighbour tables that are parts.
         texts_ND: the language model's vectors of plain texts, if a table is made from them and the variant is a part.
+        order: weights of the learned order, by the fields of `LearnedOrder`, if the row has one.
     """
 
     row: str
@@ -92,6 +93,7 @@ class Contents:
     sources: Mapping[str, Source]
     tables: Mapping[str, Path]
     texts_ND: Float32 | None = None
+    order: Mapping[str, Any] | None = None
 
 
 def write_bundle(directory: Path, contents: Contents, config: RunConfig) -> None:
@@ -111,6 +113,8 @@ def write_bundle(directory: Path, contents: Contents, config: RunConfig) -> None
         save_weights(trained.model, directory, dtype=getattr(torch, config.export.dtype))
     save_tensors(vectors, directory / VECTORS)
     save_tensors(encoders_of(contents.sources), directory / ENCODERS)
+    if contents.order is not None:
+        save_tensors(contents.order, directory / ORDER)
     for name, folder in contents.tables.items():
         (directory / TABLES).mkdir(exist_ok=True)
         shutil.copyfile(folder / TABLE, directory / TABLES / f"{name}.parquet")

@@ -286,7 +286,8 @@ class Evaluate(Section):
     targets most likely."""
     learned_users: NonNegative = 0
     """Add rows `+learned`: the 200 best items of each late fusion with the untrained baselines in an order that is
-    learned on so many validation users (docs/method.md, section 7); 0 adds none. Bundles do not hold it yet."""
+    learned on so many validation users (docs/method.md, section 7); 0 adds none. Bundles of such a row are served by
+    PyTorch alone."""
     batch_size: Positive = 128
     """Prompts in one forward pass."""
     resamples: Positive = 2000

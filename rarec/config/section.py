@@ -60,13 +60,13 @@ ColumnName = Annotated[str, AfterValidator(_column_name)]
 
 
 def _row_name(name: str) -> str:
-    if not re.fullmatch(r"[^+/]+(\+id)?(\+cheap)?", name):
-        raise ValueError("write a variant, alone or with +id or +id+cheap")
+    if not re.fullmatch(r"[^+/]+(\+id)?(\+cheap(\+learned)?)?", name):
+        raise ValueError("write a variant, alone or with +id, +id+cheap or +id+cheap+learned")
     return name
 
 
 RowName = Annotated[str, AfterValidator(_row_name)]
-"""Name of a row of the results that can be deployed: a variant, alone, with `+id` or with `+id+cheap`."""
+"""Name of a row of the results that can be deployed: a variant, alone or fused, such as `VARIANT+id+cheap`."""
 Blocks = Annotated[list[NonNegativeFew], Field(min_length=1, max_length=1_000)]
 
 _MAX_NAME, _MAX_PATH = 255, 4_000

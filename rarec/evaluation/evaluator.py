@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import save_file
 
 from rarec.config import RunConfig
 from rarec.data.dataset import PreparedDataset
@@ -23,6 +24,8 @@ from rarec.ranking.learned import CANDIDATES, LearnedRanker
 from rarec.storage.files import write_json
 
 Ranks = dict[str, npt.NDArray[np.int64]]
+ORDERS = "orders.safetensors"
+"""File: the weights of learned orders, as `ROW/WEIGHT`."""
 USERS_SEED = 17
 """Draws `evaluate.users`, whatever `run.seed` is: figures of several seeds are averaged user by user."""
 SHOWN_HISTORY, TOP = 10, 10
@@ -42,6 +45,7 @@ class Evaluator:
 
     Attributes:
         ranks: of the test targets, for every row that was ranked, in the order of the tables.
+        orders: weights of learned orders, as `ROW/WEIGHT`.
         diagnostics: of the main variant's alignment; None where that has no slots.
     """
 
@@ -67,6 +71,7 @@ class Evaluator:
         self.ranks: Ranks = {}
         self.validation_ranks: Ranks = {}
         self.fusions: dict[str, dict[str, Any]] = {}
+        self.orders: dict[str, npt.NDArray[Any]] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._flat: set[str] = set()
         total = len(self.test.targets)
@@ -116,6 +121,8 @@ class Evaluator:
             self.ranks[self.main + ORACLE] = np.minimum(self.ranks[self.main], self.ranks[ID_ONLY + CHEAP])
         self.ranks |= self.external
         self._write_ranks(directory / "ranks.parquet")
+        if self.orders:
+            save_file(self.orders, directory / ORDERS)
         cutoffs, main = self.config.evaluate.cutoffs, self.main
         pairs = pairs_of_interest(self.ranks, main)
         examples = [self._example(number, row) for number, row in enumerate(self._example_rows)]
@@ -186,17 +193,31 @@ class Evaluator:
         return {row: fusion.ranker}
 
     def _rank_learned(self, row: str, rankers: Mapping[str, Ranker]) -> None:
-        """Rank test users by a learned order of a late fusion's best items, if one is asked for and can be learned."""
+        """Rank by a learned order of a late fusion's best items, if one is asked for and can be learned.
+
+        A validation user is ranked by an order that was learned without a half of the validation users, this one in it.
+        """
         fusion = rankers.get(row)
         if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker):
             return
         targets = self.dataset.targets("validation", self.config.evaluate.learned_users, self.seed)
-        candidates, places = examples_of(fusion, EvalBatch.of(self.dataset, targets))
-        if len(places) < FEWEST:
-            few = f"{len(places):,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
+        examples = examples_of(fusion, EvalBatch.of(self.dataset, targets))
+        validation = self.validation
+        halves = [slice(half, None, 2) for half in range(2)]
+        rest = [examples.without(validation.user_rows[half]) for half in halves]
+        if (fewest := min(len(each.places_U) for each in rest)) < FEWEST:
+            few = f"{fewest:,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
             self.say(f"{row}{LEARNED}: left out, since only {few} items; {FEWEST} are needed")
             return
-        self._rank(self.test, {row + LEARNED: LearnedRanker(fusion, learn(candidates, places))}, LISTED)
+        ranks_U = np.zeros(len(validation.user_rows), np.int64)
+        for half, each in zip(halves, rest, strict=True):
+            own = EvalBatch(validation.user_rows[half], validation.histories[half], validation.targets[half])
+            ranks_U[half] = LearnedRanker(fusion, learn(each)).ranks(own, self.world)
+        order = learn(examples)
+        self.validation_ranks[row + LEARNED] = ranks_U
+        self.fusions[row + LEARNED] = self.fusions[row]
+        self.orders |= {f"{row + LEARNED}/{name}": np.asarray(array) for name, array in vars(order).items()}
+        self._rank(self.test, {row + LEARNED: LearnedRanker(fusion, order)}, LISTED)
 
     def _rank_both(self, rankers: dict[str, Ranker]) -> None:
         """Rank validation and test users by rows that can be deployed; describe the lists of the latter."""

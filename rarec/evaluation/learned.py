@@ -6,6 +6,8 @@ none of the candidates teaches nothing.
 Shape letters: U users, K candidates, P parts, F features, H hidden units.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,29 @@ _USERS_AT_A_TIME = 256
 _SEED = 17
 
 
-def examples_of(ranker: FusedRanker, batch: EvalBatch) -> tuple[Candidates, Rows]:
-    """Return the candidates of the users whose target is one, and its place among them, (U,)."""
+class Examples(NamedTuple):
+    """The users whose target is one of their candidates.
+
+    Attributes:
+        user_rows: of the users, (U,).
+        candidates: theirs.
+        places_U: the target's place among them.
+    """
+
+    user_rows: Rows
+    candidates: Candidates
+    places_U: Rows
+
+    def without(self, user_rows: Rows) -> "Examples":
+        """Return the examples of all other users."""
+        kept_U = ~np.isin(self.user_rows, user_rows)
+        known = self.candidates
+        own = Candidates(known.rows_BK[kept_U], known.shares_BKP[kept_U], known.lengths_B2[kept_U])
+        return Examples(self.user_rows[kept_U], own, self.places_U[kept_U])
+
+
+def examples_of(ranker: FusedRanker, batch: EvalBatch) -> Examples:
+    """Return the examples of some users."""
     each = list(candidates_of(ranker, batch, _USERS_AT_A_TIME))
     width = min(candidates.rows_BK.shape[1] for candidates, _ in each)  # of a small catalogue, by the longest history
     rows_UK = np.concatenate([candidates.rows_BK[:, :width] for candidates, _ in each])
@@ -33,11 +56,13 @@ def examples_of(ranker: FusedRanker, batch: EvalBatch) -> tuple[Candidates, Rows
     lengths_U2 = np.concatenate([candidates.lengths_B2 for candidates, _ in each])
     is_target_UK = rows_UK == np.concatenate([targets for _, targets in each])[:, None]
     kept_U = is_target_UK.any(1)
-    return Candidates(rows_UK[kept_U], shares_UKP[kept_U], lengths_U2[kept_U]), is_target_UK.argmax(1)[kept_U]
+    candidates = Candidates(rows_UK[kept_U], shares_UKP[kept_U], lengths_U2[kept_U])
+    return Examples(batch.user_rows[kept_U], candidates, is_target_UK.argmax(1)[kept_U])
 
 
-def learn(candidates: Candidates, targets_U: Rows) -> LearnedOrder:
-    """Return the order that is learned from examples; see `examples_of`."""
+def learn(examples: Examples) -> LearnedOrder:
+    """Return the order that is learned from examples."""
+    candidates, targets_U = examples.candidates, examples.places_U
     features_UKF = torch.from_numpy(candidates.features_BKF)
     whole_UK = torch.from_numpy(candidates.shares_BKP.sum(2))
     places_U = torch.from_numpy(targets_U)

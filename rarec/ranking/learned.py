@@ -78,6 +78,13 @@ class LearnedOrder:
     last_H: Float32
     factor: float
 
+    def check(self, parts: int) -> None:
+        """Raise `ValueError` unless the weights are those of a network for so many parts, with a hidden unit."""
+        shapes = self.first_FH.shape, self.bias_H.shape, self.last_H.shape
+        hidden = self.bias_H.size
+        if shapes != ((3 * parts + 4, hidden), (hidden,), (hidden,)) or not hidden:
+            raise ValueError(f"an order of weights {shapes} is not one of {parts} parts")
+
     def scores(self, candidates: Candidates) -> Float32:
         """Return the scores by which candidates are ordered, (B, K)."""
         hidden_BKH = np.maximum(candidates.features_BKF @ self.first_FH + self.bias_H, 0)
@@ -121,19 +128,19 @@ class LearnedScores:
 def best_of(fused: FusedScores, chunk: EvalBatch, users: slice) -> tuple[Candidates, torch.Tensor]:
     """Return the candidates of some users of a chunk, and the scores of the whole catalogue by the fusion, (C, N).
 
-    Items of the history are no candidates; a target is one in any case if its score says so, as it always competes.
+    Items of the history are no candidates; a target competes in any case.
     """
     histories: Sequence[Rows] = chunk.histories[users]
-    targets_C = torch.from_numpy(np.asarray(chunk.targets[users], np.int64))[:, None]
     shares = list(fused.shares(users))
     whole_CN = torch.stack(shares).sum(0)
-    targets_C1 = targets_C.to(whole_CN.device)
     competing_CN = whole_CN.clone()
     competing_CN[seen_pairs(histories)] = -torch.inf
-    competing_CN.scatter_(1, targets_C1, whole_CN.gather(1, targets_C1))
+    targets_C = np.asarray(chunk.targets[users], np.int64)
+    present = np.flatnonzero(targets_C >= 0)
+    competing_CN[present, targets_C[present]] = whole_CN[present, targets_C[present]]
     lengths_C2 = np.array([(len(history), len(np.unique(history))) for history in histories]).reshape(-1, 2)
     count = min(CANDIDATES, fused.n_items - lengths_C2[:, 1].max(initial=0))
-    rows_CK = largest(competing_CN, max(count, 1))[1]  # a target is one
+    rows_CK = largest(competing_CN, max(count, 1))[1]
     shares_CKP = torch.stack([share_CN.gather(1, rows_CK) for share_CN in shares], 2)
     return Candidates(rows_CK.numpy(force=True), shares_CKP.numpy(force=True), lengths_C2), whole_CN
 

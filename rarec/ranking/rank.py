@@ -55,7 +55,7 @@ class EvalBatch:
     Attributes:
         user_rows: rows of the users in the prepared dataset, (U,).
         histories: item rows before each target, oldest first: the model's input, and the items that do not compete.
-        targets: item row of each user's target, (U,).
+        targets: item row of each user's target, (U,); -1 where none is known.
         kept: its chunks, if they were kept; see `keeping_chunks`.
     """
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rarec.config import MODEL_SECTIONS
 from rarec.config.method import NO_VARIANTS
 from rarec.errors import UserError
-from rarec.evaluation.results import ID_ONLY, Results, figure, variant_title
+from rarec.evaluation.results import ID_ONLY, LEARNED, Results, figure, variant_title
 from rarec.evaluation.verdict import BestVariant, verdict
 from rarec.stages.stage import Built, Stage
 from rarec.stages.train import TrainStage
@@ -106,10 +106,12 @@ class ExportStage(Stage):
 
     def _contents(self, row: str, fusions: Mapping[str, Mapping[str, Mapping[str, float]]]) -> "Contents":
         import numpy as np
+        from safetensors.numpy import load_file
 
         from rarec.bundle.items import columns_of
         from rarec.bundle.recommended import Catalogue
         from rarec.bundle.write import Contents
+        from rarec.evaluation.evaluator import ORDERS
         from rarec.neighbours.base import VECTORS
 
         run = self.run
@@ -127,7 +129,11 @@ class ExportStage(Stage):
         catalogue = Catalogue(ids, list(items.titles), list(items.texts), items.train_counts_N, columns)
         read = next((folder / VECTORS for folder in tables.values() if (folder / VECTORS).exists()), None)
         texts_ND = np.load(read, allow_pickle=False) if trained and read else None
-        return Contents(row, parts, run.baseline.name, catalogue, trained, sources, tables, texts_ND)
+        known = load_file(run.directory("evaluate") / ORDERS) if row.endswith(LEARNED) else {}
+        order = {name.rpartition("/")[2]: array for name, array in known.items() if name.rpartition("/")[0] == row}
+        return Contents(
+            row, parts, run.baseline.name, catalogue, trained, sources, tables, texts_ND, order if known else None
+        )
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""
