@@ -37,7 +37,7 @@ class Semantic(NeighbourModel):
 
         semantic_items: int
 
-    title = "similar meaning (frozen language model)"
+    title = "similar meaning (frozen LM)"
     knows_new_items = True
     reads_llm = True
     limit = "semantic_items"
