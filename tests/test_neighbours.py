@@ -171,7 +171,7 @@ def test_a_catalogue_too_large_for_a_model_has_a_table_without_rows(name, finish
 def test_more_neighbours_than_there_are_items_are_all_kept_and_that_is_said(finished, tmp_path):
     said = []
     Run(finished, [f"run.dir={tmp_path}", "neighbours.top=99"], say=said.append).run(["prepare", "neighbours"])
-    assert sum("neighbours.top, 99" in line for line in said) == 4
+    assert sum("neighbours.top, 99" in line for line in said) == 5
     rows = open_run(finished, [f"run.dir={tmp_path}", "neighbours.top=99"]).neighbours["ease"].table_NN
     assert not rows.diagonal().any()
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
+from rarec.config.neighbours import built_in
 from rarec.export import CATALOGUE, ITEM, TABLES, TOKENIZER, Target, raise_if_far
 from rarec.export.formats import ExactLists, K, add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, write_graph
@@ -104,6 +105,7 @@ def _write_parts(parts: Parts, item: Mapping[str, Any] | None, directory: Path) 
         "compared": row.compared,
         "date": bundle.date,
         "words": {name: {"untitled": row.untitled, "top": row.top} for name in row.new_items(bundle.catalogue)},
+        "reads_llm": [name for name in row.tables if (model := built_in(name)) and model.reads_llm],
         "item": item,
     }
 

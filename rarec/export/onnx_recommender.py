@@ -19,7 +19,6 @@ from rarec.bundle.recommended import COLUMNS, Catalogue
 from rarec.bundle.row import Part, Row, Table
 from rarec.bundle.rules import Plan
 from rarec.config.method import Prompt
-from rarec.config.neighbours import built_in
 from rarec.errors import UserError
 from rarec.export import AGAIN, CATALOGUE, ITEM, TABLES, TOKENIZER
 from rarec.export.rarec_client import BATCH, Client, run
@@ -82,8 +81,7 @@ class OnnxRecommender(BaseRecommender):
             return dict.fromkeys(NEED_PARTS, error)
         if ITEM not in self._client.files:
             return {}
-        reads = [name for name in self._row.tables if (model := built_in(name)) and model.reads_llm]
-        if reads:
+        if reads := self._facts.get("reads_llm"):  # exports of earlier versions say nothing of it, and have none
             problem = f"{self._client.folder} has no language model, by which `{reads[0]}` compares new items"
             return {"place": NotOffered(problem, "rarec serve BUNDLE --backend torch")}
         if TOKENIZER not in self._client.files:
