@@ -94,7 +94,7 @@ def test_a_second_run_makes_nothing_that_it_shares_and_ends_with_the_same_shards
     opened(world, "first").run(SHARED)
     made = {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")}
     kinds = [path.parent.name.partition("-")[0] for path in made if path.name == MANIFEST]
-    assert sorted(kinds) == ["ids", *["neighbours"] * 4, "prepare", "shards"]
+    assert sorted(kinds) == ["ids", *["neighbours"] * 5, "prepare", "shards"]
     second = opened(world, "second", "train.lr=0.01")
     assert [second.make(name) for name in SHARED] == [False] * 4
     assert {path: path.stat().st_mtime_ns for path in (world.parent / "shared").rglob("*")} == made
