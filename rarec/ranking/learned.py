@@ -148,7 +148,5 @@ def best_of(fused: FusedScores, chunk: EvalBatch, users: slice) -> tuple[Candida
 def candidates_of(ranker: FusedRanker, batch: EvalBatch, users_at_a_time: int) -> Iterator[tuple[Candidates, Rows]]:
     """Yield the candidates of some users after the other, with the users' targets."""
     for chunk in batch.chunks(users_at_a_time):
-        fused = ranker.scored(chunk)
-        for start in range(0, fused.n_users, users_at_a_time):
-            part = slice(start, min(start + users_at_a_time, fused.n_users))
-            yield best_of(fused, chunk, part)[0], np.asarray(chunk.targets[part])
+        everyone = slice(0, len(chunk.targets))
+        yield best_of(ranker.scored(chunk), chunk, everyone)[0], np.asarray(chunk.targets)
