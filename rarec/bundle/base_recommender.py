@@ -54,9 +54,11 @@ class BaseRecommender(ABC):
         items: ids of the catalogue.
         rules: what narrows, mixes and fills the lists.
         missing: methods that cannot answer, and why; `diversify` among them.
+        text_vectors: the language model's vectors of texts, if they are there.
     """
 
     missing: Mapping[str, NotOffered] = MappingProxyType({})
+    text_vectors: "TextVectors | None" = None
 
     def __init__(self, served: Row, catalogue: Catalogue, date: str | None) -> None:
         self._row, self.row, self.catalogue = served, served.name, catalogue
@@ -77,9 +79,6 @@ class BaseRecommender(ABC):
     @abstractmethod
     def encode_new(self, title: str, text: str) -> Float32:
         """Return the variant's vector (Z,) of an item without ID vectors. Raises `UserError` where there is none."""
-
-    text_vectors: "TextVectors | None" = None
-    """The language model's vectors of texts, if they are there."""
 
     @cached_property
     def _new_items(self) -> "Mapping[str, NewItems]":

@@ -293,7 +293,7 @@ class Bundle:
 
     @property
     def reads_llm(self) -> bool:
-        """Whether a neighbour table is made from the language model's vectors of texts, and the row has that model."""
+        """Return whether a neighbour table is made from vectors of texts, and the row has the language model."""
         models = map(built_in, self.tables)
         return bool(self.facts["model"]) and any(model.reads_llm for model in models if model)
 

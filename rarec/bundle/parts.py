@@ -270,7 +270,7 @@ class Parts:
 def unknown_users(histories: RowsOfUsers) -> EvalBatch:
     """Return users of no dataset, by their histories."""
     nobody = np.zeros(len(histories), np.int64)
-    return EvalBatch(nobody, histories, nobody - 1)
+    return EvalBatch(nobody, histories, nobody - 1)  # whose target is not known
 
 
 def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:

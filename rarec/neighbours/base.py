@@ -35,14 +35,12 @@ TABLE, VECTORS = "neighbours.parquet", "vectors.npy"
 """Files: the table, and the vectors of texts that it was made from, where it `reads_llm`."""
 LARGEST = 1e12
 """Score that is taken from a file: sums of larger ones might overflow."""
+BLOCK = 1 << 22
+"""Number of scores held at a time."""
 ROWS = 1 << 20
 """Rows read at a time."""
 _COLUMNS = {"item_row": pa.int32(), "neighbour_row": pa.int32(), "score": pa.float32()}
 SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
-
-
-BLOCK = 1 << 22
-"""Number of scores held at a time."""
 
 
 class TextVectors(Protocol):

@@ -36,7 +36,7 @@ class Candidates:
 
     @property
     def features_BKF(self) -> Float32:
-        """What the network reads of each candidate.
+        """Return what the network reads of each candidate.
 
         Of each part its share, how far that is below the user's best, and the log of its place among the candidates; of
         the whole how far it is below the best, and the log of its place; of the user the log of the history's length,

@@ -161,7 +161,7 @@ class NeighboursStage(Stage):
 
     @property
     def reads_llm(self) -> bool:
-        """Whether the table is made from the language model's vectors of texts."""
+        """Return whether the table is made from the language model's vectors of texts."""
         return bool(self.run.config.neighbours.class_of(self.part).reads_llm)
 
     def outside_inputs(self) -> dict[str, str]:
