@@ -269,9 +269,8 @@ def realign(
     from rarec.bundle.realign import realign as write_realigned
 
     run = open_run(config, overrides)
-    sources = {**run.sources, run.baseline.name: run.baseline}
     parts = open_bundle(bundle, llm, device, trust).parts
-    directory, figures = write_realigned(parts, sources, list(run.dataset.item_ids), out, least)
+    directory, figures = write_realigned(parts, run.sources, list(run.dataset.item_ids), out, least)
     for name, value in figures.items():
         say(f"{name}: {value}")
     say(str(directory))

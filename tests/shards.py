@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from rarec.config.schema import Shards, Train
+from rarec.config.schema import Train
 from rarec.data.selection import Selection
 from rarec.data.shards import writing
-from rarec.data.shards.batch_plan import BatchPlan, Column
+from rarec.data.shards.batch_plan import BatchPlan, Column, ShardPlan
 from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import INDEX_ROW, Sample, write_tar
 from rarec.storage.artefacts import MANIFEST, PROGRESS, SEAL, read_manifest, sha256_json, write_manifest, write_sealed
@@ -82,7 +82,7 @@ def plan_of(
     shard_S: Column, tokens_S: Column, seed: int, slots: int = 0, excluded: Iterable[int] = (), **train: Any
 ) -> BatchPlan:
     """A plan with these fields of `train`."""
-    return BatchPlan(shard_S, tokens_S, seed, Train(**train), slots, excluded)
+    return ShardPlan(shard_S, tokens_S, seed, Train(**train), slots, excluded)
 
 
 def open_stream(directory: Path, manifest: dict[str, Any], tars: Tars | None = None, **plan: Any) -> Stream:
@@ -166,8 +166,8 @@ class Selected:
         self._write(directory, manifest["hash"])
 
     def _write(self, directory: Path, identity: str) -> dict[str, Any]:
-        config = Shards(samples_per_shard=self.PER_SHARD)
-        return finish(directory, writing.write_shards(directory, self.total, config, self.make, identity))
+        places = [range(self.total)[at : at + self.PER_SHARD] for at in range(0, self.total, self.PER_SHARD)]
+        return finish(directory, writing.write_shards(directory, places, 2, self.make, identity))
 
 
 Member = tuple[tarfile.TarInfo, bytes]

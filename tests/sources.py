@@ -66,7 +66,10 @@ def ids_stage(
 def make_source(
     name: str, section: Ids | Import, dataset: PreparedDataset, root: Path, *, fresh=False, **more
 ) -> Source:
-    """Make a source in `root/ids/name` and open it; arguments as of `ids_stage`."""
+    """Make a source in `root/ids/name`, and before it those that it goes on from; open it. Arguments of `ids_stage`."""
     stage = ids_stage(name, section, dataset, root, **more)
+    for before in stage.inputs().values():
+        if isinstance(before, IdsStage):
+            make_source(before.part, section, dataset, root, **more)
     stage.make(fresh)
     return open_source(stage.directory)

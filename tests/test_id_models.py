@@ -14,18 +14,20 @@ import pytest
 import torch
 
 from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
+from rarec.config.schema import FOLD, OLDER
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
-from rarec.ids.make import write_source
 from rarec.ids.models import SequenceModel, build
 from rarec.ids.objective import Batch, SampledSoftmax, Windows, _SharedDropout, draw_negatives
 from rarec.ids.source import open_source
 from rarec.ids.table import ItemTable
+from rarec.ids.trainer import KEPT, train_ids
 from rarec.ids.validation import Validation
 from rarec.ranking.metrics import metric_values
 from rarec.ranking.rank import VectorScores, rank_scores
 from rarec.storage.artefacts import MANIFEST, PROGRESS
+from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.directories import CHECKED, MARKER
 from tests.datasets import by_hand, prepared
 from tests.sources import ids_stage, make_source
@@ -40,7 +42,7 @@ KINDS = list(RECIPES)
 
 
 def ids(kind: str = "sasrec", **changes) -> Ids:
-    return Ids(model=kind, **{kind: RECIPES[kind](**{**SMALL, **changes})})
+    return Ids(model=kind, holdout=0.0, **{kind: RECIPES[kind](**{**SMALL, **changes})})
 
 
 @pytest.fixture(scope="module")
@@ -321,11 +323,56 @@ def test_held_out_interactions_do_not_train_but_are_in_the_history_of_what_valid
     changed = PreparedDataset(**{**vars(dataset), "item_rows_I": other})
     recipe = ids(epochs=1).model_copy(update={"holdout": 0.01})
     first, second = (
-        make_source("id", recipe, data, tmp_path / str(number)) for number, data in enumerate((dataset, changed))
+        make_source(OLDER, recipe, data, tmp_path / str(number)) for number, data in enumerate((dataset, changed))
     )
     assert first.hash == second.hash
     assert first.manifest["validation"] != second.manifest["validation"]
     assert first.manifest["settings"]["holdout"] == 0.01
+
+
+def exchanged(dataset: PreparedDataset, users_U: np.ndarray) -> PreparedDataset:
+    """The dataset with other items at the held-out positions of some users, half of each one's training part."""
+    other, places = dataset.item_rows_I.copy(), []
+    for user in np.flatnonzero(users_U):
+        end = int(dataset.starts_U[user] + dataset.train_length_U[user])
+        places += range(end - int(dataset.held_out_U(0.5)[user]), end)
+    other[places] = (other[places] + 1) % dataset.n_items
+    return PreparedDataset(**{**vars(dataset), "item_rows_I": other})
+
+
+@pytest.mark.parametrize("fold", range(2))
+def test_the_model_that_samples_of_a_part_of_the_users_read_has_not_seen_their_targets(dataset, tmp_path, fold):
+    """Other targets of that part change nothing; those of the other part change the weights."""
+    recipe = ids(epochs=2).model_copy(update={"holdout": 0.5, "folds": 2})
+    part_U = np.arange(dataset.n_users) % 2
+    worlds = {
+        "as it is": dataset,
+        "own": exchanged(dataset, part_U == fold),
+        "others": exchanged(dataset, part_U != fold),
+    }
+    made = {name: make_source(f"{FOLD}{fold}", recipe, data, tmp_path / name) for name, data in worlds.items()}
+    assert np.array_equal(made["own"].items_NE, made["as it is"].items_NE)
+    assert all(torch.equal(made["own"].users.tensors[name], w) for name, w in made["as it is"].users.tensors.items())
+    assert not np.array_equal(made["others"].items_NE, made["as it is"].items_NE)
+
+
+def test_models_that_go_on_from_one_share_its_space(dataset, tmp_path):
+    """Vectors of an item are alike in all of them, and in two trainings from different first values they are not."""
+    recipe = ids(epochs=12).model_copy(update={"holdout": 0.5, "folds": 2})
+    own, first = (make_source(name, recipe, dataset, tmp_path) for name in ("id", f"{FOLD}0"))
+    other = make_source("id", ids(epochs=12), dataset, tmp_path / "other", seed=1)
+
+    def cosine(one, two) -> float:
+        known = (one.items_NE != 0).any(1) & (two.items_NE != 0).any(1)
+        pairs = (
+            vectors[known] / np.linalg.norm(vectors[known], axis=1, keepdims=True)
+            for vectors in (one.items_NE, two.items_NE)
+        )
+        return float((next(pairs) * next(pairs)).sum(1).mean())
+
+    assert cosine(own, first) > 0.6
+    assert abs(cosine(own, other)) < 0.3
+    assert first.manifest["epochs"] <= own.manifest["best_epoch"]
 
 
 def test_an_item_not_met_in_training_has_no_vector_and_is_scored_as_the_mean(dataset, tmp_path):
@@ -499,7 +546,8 @@ def test_checkpoints_of_another_training_are_never_used(interrupted, dataset, tm
     make_source("id", ids(lr=0.002), dataset, tmp_path / "plain")
     shutil.copytree(interrupted[0] / "ids" / "id" / PROGRESS, tmp_path / PROGRESS)
     lines: list[str] = []
-    write_source("id", ids(lr=0.002), dataset, tmp_path, 0, tmp_path / PROGRESS, "of the other", lines.append)
+    checkpoints = CheckpointStore(tmp_path / PROGRESS, KEPT, "of the other")
+    train_ids(dataset, ids(lr=0.002).sasrec, 0, checkpoints, tmp_path, lines.append)
     assert "another training" in lines[0]
     assert (tmp_path / "items.npy").read_bytes() == (tmp_path / "plain/ids/id/items.npy").read_bytes()
 

@@ -155,7 +155,7 @@ def test_names_titles_groups_and_pairs():
 def test_an_order_of_too_few_users_is_left_out(run):
     evaluate = run.config.evaluate.model_copy(update={"learned_users": 40})
     config, lines = run.config.model_copy(update={"evaluate": evaluate}), list[str]()
-    made = evaluator.Evaluator(config, run.dataset, run.baseline.ranker(), run.neighbours, run.world, lines.append)
+    made = evaluator.Evaluator(config, run.dataset, run.sources["id"].ranker(), run.neighbours, run.world, lines.append)
     made.rank_untrained()
     assert "id_only+cheap+learned" not in {**made.ranks, **made.validation_ranks}
     assert any("left out" in line and "40 validation users" in line for line in lines)

@@ -57,8 +57,8 @@ def test_the_figures_of_a_run_are_those_of_its_lists(run) -> None:
     found = {(row["variant"], row["metric"]): row for row in rows}
     names = {variant for variant, metric in found if metric in LIST_METRICS}
     assert names == {variant for variant, _ in found if "/" not in variant}
-    metrics = ListMetrics(run.dataset, run.baseline.items_NE)
-    ranker, batch = run.baseline.ranker(), EvalBatch.of(run.dataset, run.dataset.targets("test"))
+    metrics = ListMetrics(run.dataset, run.sources["id"].items_NE)
+    ranker, batch = run.sources["id"].ranker(), EvalBatch.of(run.dataset, run.dataset.targets("test"))
     top = ranker.top_k(batch, LISTED)
     metrics.add("id_only", top)
     for row in metrics.rows(resamples=200, seed=run.config.run.seed):

@@ -1,8 +1,9 @@
-"""`BatchPlan`: each sample once an epoch, equal batches on any layout, direct access to any step."""
+"""Plans of batches: each sample once an epoch, equal batches on any layout, direct access to any step."""
 
 import tracemalloc
 from dataclasses import dataclass, field
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarec.data.shards.batch_plan import BatchPlan
+from rarec.config.schema import Train
+from rarec.data.shards.batch_plan import BatchPlan, plan_batches
+from rarec.data.shards.samples import INDEX_ROW
 from rarec.errors import UserError
 from tests.shards import plan_of
 
@@ -193,3 +196,37 @@ def test_nothing_left_to_train_on_is_refused():
     made.excluded = [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match="none of 5 samples"):
         made.plan()
+
+
+@st.composite
+def folded(draw: st.DrawFn) -> tuple[np.ndarray, Any, list[int]]:
+    """The index of samples in the order of their users' parts, their configuration, and samples that are excluded."""
+    folds = draw(st.integers(1, 4))
+    counts = draw(st.lists(st.integers(0, 60), min_size=folds, max_size=folds).filter(any))
+    index_S = np.zeros(sum(counts), INDEX_ROW)
+    index_S["user"] = np.concatenate([fold + folds * np.arange(count) for fold, count in enumerate(counts)])
+    shards = [-(-count // 16) for count in counts]
+    sizes = [len(part) for count in counts if count for part in np.array_split(np.arange(count), -(-count // 16))]
+    index_S["shard"] = np.repeat(np.arange(sum(shards)), sizes)
+    index_S["tokens"] = draw(st.integers(1, 30)) + np.arange(len(index_S)) % 7
+    train = Train(batch_size=draw(st.integers(2, 20)))
+    config = SimpleNamespace(sample_ids=["id"] * folds, run=SimpleNamespace(seed=draw(st.integers(0, 9))), train=train)
+    return index_S, config, draw(st.lists(st.integers(0, len(index_S) - 1), max_size=len(index_S) - 1))
+
+
+@given(folded(), st.data())
+def test_each_batch_is_of_one_part_of_the_users_and_a_run_goes_on_at_any_step(made, data):
+    index_S, config, excluded = made
+    plan, epoch = plan_batches(index_S, config, 0, excluded), data.draw(st.integers(0, 2))
+    batches = lists(plan.batches(epoch))
+    kept = set(range(len(index_S))) - set(excluded)
+    assert sorted(number for batch in batches for number in batch) == sorted(kept)
+    assert plan.samples == len(kept)
+    folds = len(config.sample_ids)
+    assert all(len(set(index_S["user"][batch] % folds)) == 1 for batch in batches)
+    assert max(map(len, batches)) <= config.train.batch_size
+    assert min(map(len, batches)) == plan.smallest(epoch)
+    assert plan.steps(epoch) == len(batches)
+    step = data.draw(st.integers(0, len(batches)))
+    assert lists(plan.batches(epoch, step)) == batches[step:]
+    assert set(plan.first_samples(5).tolist()) <= kept

@@ -10,14 +10,16 @@ import pytest
 import yaml
 
 import rarec
+from rarec.config.schema import FOLD
 from rarec.entry import open_run
 from rarec.errors import UserError
+from rarec.ids.source import open_source
 from rarec.models.encode import Encoder
 from rarec.planning.setup import Cluster
 from rarec.ranking.rank import VectorScores, rank_scores
 from rarec.stages import STAGES
 from rarec.stages.run import Run
-from rarec.stages.shard_content import ShardContent, verify
+from rarec.stages.shard_content import verify
 from rarec.stages.train import plan
 from rarec.stages.variant_training import open_feed
 from rarec.storage.artefacts import IDENTITY, read_manifest, read_sealed, write_manifest, write_sealed
@@ -111,14 +113,14 @@ def test_id_dropout_leaves_out_vectors_by_sample(finished, tmp_path):
     model = open_run(finished, []).stage("train", "per_layer").best_model()
     shards = run.directory("shards")
     states = np.load(shards / "item_states.npy", mmap_mode="r")
-    collate = Collator(model, run.prompts, run.sources, states, id_dropout=0.5)
+    collate = Collator(model, run.prompts, [run.sources], states, id_dropout=0.5)
     stored = open_feed(run).samples
     samples = [stored[number] for number in range(len(stored))]
     bare = (collate(samples, len(samples)).items.vectors["id"] == 0).all(-1).squeeze(1)
     assert 0.3 < bare.float().mean() < 0.7
     alone = [bool((collate([sample], 1).items.vectors["id"] == 0).all()) for sample in samples]
     assert alone == bare.tolist()
-    whole = Collator(model, run.prompts, run.sources, states, id_dropout=0.0)(samples, len(samples))
+    whole = Collator(model, run.prompts, [run.sources], states, id_dropout=0.0)(samples, len(samples))
     assert (whole.items.vectors["id"] != 0).any(-1).all()
 
 
@@ -271,17 +273,36 @@ def test_results_of_other_settings_or_of_no_evaluation_are_refused(finished, tmp
         getattr(rarec.Run(finished, [f"run.dir={tmp_path}"]), table)()
 
 
-def test_alignment_trains_on_what_its_id_vectors_have_not_seen(finished, tmp_path):
-    """The slots' ID model is another than the baseline, and every sample's target was held out from it."""
-    run = open_run(finished, [f"run.dir={tmp_path}", "ids.holdout=0.01", "train.variants=[per_layer]"])
+def test_a_sample_reads_the_vectors_of_the_model_that_has_not_seen_it(finished, tmp_path):
+    """User, titles and item alike; each batch is of one part of the users, and the evaluation reads `id`."""
+    run = open_run(finished, [f"run.dir={tmp_path}", "ids.holdout=0.01", "ids.folds=2", "train.variants=[per_layer]"])
     run.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate"])
-    dataset, samples = run.dataset, ShardContent(run).selection
-    assert (samples.positions == dataset.train_length_U[samples.user_rows] - 1).all()
-    assert run.baseline.hash != run.sources["id"].hash
+    dataset, feed = run.dataset, open_feed(run)
+    models = [open_source(run.directory("ids", f"{FOLD}{fold}")) for fold in range(2)]
+    assert len({source.hash for source in (*models, run.sources["id"])}) == 3
+    states = np.load(run.directory("shards") / "item_states.npy", mmap_mode="r")
+    collate = Collator(
+        run.build_model(run.config.main_variant), run.prompts, run.sample_sources, states, id_dropout=0.0
+    )
+    numbers = []
+    for batch in feed.plan().batches(0):
+        samples = feed.samples.read(batch)
+        fold = samples[0].user % 2
+        assert {sample.user % 2 for sample in samples} == {fold}
+        targets = np.array([sample.target for sample in samples])
+        items_BE = collate(samples, len(samples)).items.vectors["id"][:, 0].numpy()
+        assert np.array_equal(items_BE, models[fold].items_NE[targets])
+        for sample in samples:
+            assert sample.position == dataset.train_length_U[sample.user] - 1
+            history = dataset.history(sample.user, sample.position)
+            expected_KE = models[fold].user_vectors(np.array([sample.user]), [history])[0]
+            assert np.allclose(sample.vectors["id"], expected_KE, atol=1e-5)
+        numbers += batch.tolist()
+    assert sorted(numbers) == list(range(len(feed.samples)))
     targets = dataset.targets("test")
     rows = zip(targets.user_rows, targets.positions, strict=True)
     histories = [dataset.history(int(user), int(position)) for user, position in rows]
-    users = run.baseline.user_vectors(targets.user_rows, histories)
-    expected = rank_scores(VectorScores(users, run.baseline.items_NE), targets.item_rows, histories)
+    users = run.sources["id"].user_vectors(targets.user_rows, histories)
+    expected = rank_scores(VectorScores(users, run.sources["id"].items_NE), targets.item_rows, histories)
     ranks = pq.read_table(run.directory("evaluate") / "ranks.parquet").to_pylist()
     assert [row["rank"] for row in ranks if row["variant"] == "id_only"] == expected.tolist()

@@ -12,7 +12,6 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarec.config.schema import Shards
 from rarec.data.selection import select_samples
 from rarec.data.shards.files import INDEX, open_index, write_index
 from rarec.data.shards.samples import INDEX_ROW, Sample, index_tar, key_of, read_sample, write_tar
@@ -27,8 +26,8 @@ from tests.shards import finish, made_sample
 
 def write(directory: Path, total: int, per_shard: int, writers: int = 2, **more) -> list[dict]:
     make, identity = more.get("make", make_samples), more.get("identity", "one")
-    config = Shards(samples_per_shard=per_shard, writers=writers)
-    return write_shards(directory, total, config, make, identity)
+    places = [range(total)[at : at + per_shard] for at in range(0, total, per_shard)]
+    return write_shards(directory, places, writers, make, identity)
 
 
 def make_samples(places: range):

@@ -3,7 +3,7 @@
     python -m tools.tune CONFIG DIR ids.model=gru4rec ids.gru4rec.dropout=.2,.4
     python -m tools.tune CONFIG DIR neighbours.decay=.5,.7,.9
 
-Every combination of the values is a trial. An ID model is trained as for a run's slots: on all but the newest share of
+Every combination of the values is a trial. An ID model is trained as a run's first: on all but the newest share of
 each user's training interactions (`ids.holdout`), with early stopping on the validation users. Then it ranks the newest
 training interaction of every user, which separates recipes that a few thousand validation users cannot. Neighbour
 models rank the validation users, alone and fused with popularity. All rank the full catalogue.
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rarec.config.schema import OLDER
 from rarec.console.last_resort import guarded
 from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.entry import open_run
@@ -70,7 +71,7 @@ def id_model(run: Run) -> Iterator[tuple[str, ...]]:
     if not (recipe and run.config.ids.held_out):
         problem = f"ids.model is {run.config.ids.model}, and ids.holdout {run.config.ids.held_out}"
         raise UserError(problem, "set ids.model to a model that is trained here, and ids.holdout above 0")
-    stage = run.stage("ids", "id")
+    stage = run.stage("ids", OLDER)
     stage.make()
     source = open_source(stage.directory, recipe)
     yield *(str(source.manifest[name]) for name in ("best_epoch", "seconds")), *figures(newest(run.dataset, source))

@@ -76,7 +76,6 @@ class Contents:
     Attributes:
         row: the row of the results that is served, such as `per_layer+id`.
         parts: name, weight and slope of each of its parts, in the order of the fusion (see `FusedRanker`).
-        id_model: name of the source that is the part `id`.
         catalogue: the items.
         trained: the variant, if it is a part.
         sources: vectors that the variant's slots take, and the ID model, if it is a part.
@@ -87,7 +86,6 @@ class Contents:
 
     row: str
     parts: Mapping[str, Mapping[str, float]]
-    id_model: str
     catalogue: Catalogue
     trained: Trained | None
     sources: Mapping[str, Source]
@@ -147,7 +145,7 @@ def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
         "schema": SCHEMA,
         "row": contents.row,
         "parts": {name: {key: part[key] for key in ("weight", "slope")} for name, part in contents.parts.items()},
-        "id_model": contents.id_model,
+        "id_model": "id",
         "sources": {name: _source_facts(source) for name, source in contents.sources.items()},
         "neighbours": neighbours if contents.tables else None,
         "batch_size": config.evaluate.batch_size,

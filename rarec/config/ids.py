@@ -141,11 +141,16 @@ class Ids(Section):
     gru4rec: Gru4RecConfig = Gru4RecConfig()
     comirec: ComiRecConfig = ComiRecConfig()
     holdout: Part | None = None
-    """Share of each user's training interactions, the newest and at least one, that the ID model in the slots is not
-    trained on. The alignment is trained on these alone, because an ID model is over-confident about targets that it was
-    trained on. A second ID model, trained on all interactions, is then the baseline and the partner of late fusion.
-    Default: 0.1 for an ID model that is trained here, 0 for imported vectors. Set it for imported vectors that were
-    trained without these interactions."""
+    """Share of each user's training interactions, the newest and at least one, from which training samples are taken.
+    An ID model is over-confident about targets that it was trained on, so a sample reads the vectors of one that was
+    not trained on these interactions of its user (see `folds`). Default: 0.5 for an ID model that is trained here, 0
+    for imported vectors. Set it for imported vectors that were trained without these interactions. With 0 all training
+    interactions are samples, and nothing is hidden from the ID model."""
+    folds: Few = 4
+    """Number of parts of the users that take turns (cross-fitting). An ID model is trained on what `holdout` leaves.
+    From it one goes on to all interactions: the source `id`, of validation, test and serving. And for each part of the
+    users one goes on to all but the held-out interactions of these users, whose samples read its vectors. With 1 the
+    samples read the vectors of the first model. More parts take longer, and their models have seen more."""
     imported: Import | None = None
     """The vectors to import; needed for `model: import`."""
     settings: dict[str, Any] = Field(default={}, validate_default=True)
@@ -189,7 +194,7 @@ class Ids(Section):
     @property
     def held_out(self) -> float:
         """The share of training interactions that is held out."""
-        default = 0.1 if self.recipe else 0.0
+        default = 0.5 if self.recipe else 0.0
         return default if self.holdout is None else self.holdout
 
 

@@ -36,8 +36,8 @@ from rarec.config.section import (
 
 MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
 """The sections that say what a bundle's model is."""
-BASELINE = "id.all"
-"""The ID model that was trained on all interactions. A source cannot have this name: it has a dot."""
+OLDER, FOLD = "id.older", "id.fold"
+"""Names of the ID models that samples read, the second with a number: see `ids.folds`. No source can have a dot."""
 
 
 class RunSection(Section):
@@ -370,19 +370,18 @@ class RunConfig(Section):
         return {"id": self.ids, **({"graph": self.graph} if self.graph else {}), **self.sources}
 
     @property
-    def baseline(self) -> tuple[str, Ids]:
-        """Name and section of the ID model that variants are compared and fused with.
-
-        Where the one in the slots was trained without the newest interactions, it is a second one, trained on all.
-        """
-        apart = self.ids.held_out and self.ids.recipe
-        return (BASELINE, self.ids.model_copy(update={"holdout": 0.0})) if apart else ("id", self.ids)
+    def sample_ids(self) -> list[str]:
+        """Names of the ID models that samples read, one for each part of the users; `id` where nothing is held out."""
+        if not (self.ids.held_out and self.ids.recipe):
+            return ["id"]
+        return [f"{FOLD}{fold}" for fold in range(self.ids.folds)] if self.ids.folds > 1 else [OLDER]
 
     @property
     def vectors_by_name(self) -> dict[str, Ids | Graph | Import]:
-        """The section of everything that `rarec ids` makes: the sources and the baseline."""
-        name, section = self.baseline
-        return {**self.sources_by_name, name: section}
+        """The section of everything that `rarec ids` makes, in its order: the sources, and the ID models of samples."""
+        apart = self.sample_ids != ["id"]
+        first = {OLDER: self.ids} if apart else {}
+        return {**first, **self.sources_by_name, **dict.fromkeys(self.sample_ids, self.ids)}
 
     @property
     def variants(self) -> dict[str, Variant]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 
 from rarec.config.schema import Shards
-from rarec.data.dataset import Int32, Int64, Mask, PreparedDataset
+from rarec.data.dataset import Int32, Int64, Mask, PreparedDataset, fold_of
 from rarec.errors import UserError
 
 Range = tuple[int, int] | None
@@ -40,7 +40,7 @@ DROPPED = {WORDLESS: "target_without_words", NOTHING_SHARED: "no_shared_word", T
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected samples, in random order.
+    """The selected samples: one part of the users after the other, each in random order.
 
     The order spreads a user's samples over the shards: the stream mixes only a few shards at a time, and a batch would
     otherwise contain few users.
@@ -56,7 +56,9 @@ class Selection:
     report: dict[str, Any]
 
 
-def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout: float = 0.0) -> Selection:
+def select_samples(
+    dataset: PreparedDataset, config: Shards, seed: int, holdout: float = 0.0, folds: int = 1
+) -> Selection:
     """Select training samples.
 
     Denoising drops a sample if no earlier title of the user shares a word with the target's title. The share refers to
@@ -68,6 +70,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
         config: the section `shards`.
         seed: seed of the draw.
         holdout: only this share of each user's training interactions, the newest, become targets; 0 for all.
+        folds: number of parts of the users; the samples of one are behind those of the part before.
 
     Raises:
         UserError: there is no sample, or denoising leaves none.
@@ -90,6 +93,7 @@ def select_samples(dataset: PreparedDataset, config: Shards, seed: int, holdout:
     noise_sampler = GroupSampler(np.array([noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
     users_K, positions_K, examples = _draw(samples, sampler, noise_sampler, config.diversify)
     order = rng.permutation(len(users_K))
+    order = order[np.argsort(fold_of(users_K[order], folds), kind="stable")]
     buckets_K = samples.grid.bucket(users_K, dataset.items_at(users_K, positions_K))
     kept_G = np.bincount(buckets_K, minlength=samples.grid.size)
     report = _report(samples.grid, counts_FG, kept_G, wanted) | {"noise": examples}

@@ -1,4 +1,4 @@
-"""Make the files of a source: train an ID model, import vectors, or factorise the graph of transitions.
+"""Make the files of a source that no ID model is trained for: import vectors, or factorise the graph of transitions.
 
 Shape letters: N items, E dimension.
 """
@@ -14,18 +14,15 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 
 from rarec.config import RunConfig
-from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
+from rarec.config.ids import IMPORTED_FILES, Import
 from rarec.config.neighbours import Graph
 from rarec.data.dataset import PreparedDataset
 from rarec.data.engines import open_engine
-from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ids.imports import Vectors, existing, read_vectors
 from rarec.ids.source import ITEMS_FILE, LEFT, USERS, GraphUsers, HistoryRule, UserTable, UserVectors, load_table
-from rarec.ids.trainer import KEPT, train_ids
 from rarec.ids.validation import Validation
 from rarec.neighbours.counting import Transition
-from rarec.storage.checkpoint_store import CheckpointStore
 from rarec.storage.files import sha256_file
 
 Floats = npt.NDArray[np.float32]
@@ -41,38 +38,34 @@ def imported_hashes(name: str, section: Import) -> dict[str, str]:
     return {field: sha256_file(existing(path, _field(name, field))) for field, path in _files(section).items()}
 
 
-def write_source(
-    name: str,
-    config: Ids | Import,
-    dataset: PreparedDataset,
-    directory: Path,
-    seed: int,
-    progress: Path,
-    identity: str,
-    say: Say,
-    world: World = SINGLE,
+def import_vectors(
+    name: str, config: Import, dataset: PreparedDataset, directory: Path, seed: int, say: Say
 ) -> dict[str, Any]:
-    """Train or import a source and write its files; return the figures for its manifest.
+    """Write imported item and user vectors; return figures for the manifest.
 
     Args:
         name: of the source, by which templates refer to its slots.
-        config: the section `ids`, or one of `sources`.
+        config: the section `ids.imported`, or one of `sources`.
         dataset: prepared; its rows are the source's rows.
         directory: to write to.
-        seed: of the training and of the validation subset.
-        progress: directory of a training's checkpoints, for the caller to delete; the same call resumes from it.
-        identity: of the training: checkpoints of another one are reported and deleted.
+        seed: of the validation subset.
         say: prints one line to the user.
-        world: device and ranks. All of them train; rank 0 alone imports, and alone gets the figures of that.
 
     Raises:
-        UserError: a file to import is missing or invalid, or training fails.
+        UserError: a file to import is missing or invalid.
     """
-    chosen = config.chosen if isinstance(config, Ids) else config
-    if isinstance(chosen, Recipe):
-        training_set = dataset.holding_out(config.held_out) if isinstance(config, Ids) else dataset
-        return train_ids(training_set, chosen, seed, CheckpointStore(progress, KEPT, identity), directory, say, world)
-    return world.run_on_all(lambda: _import(name, chosen, dataset, directory, seed, say) if world.is_main else {})
+    left_out = {"items": _import_items(name, config, dataset, directory, say)}
+    items_NE = load_table(directory / ITEMS_FILE)
+    users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
+    if config.users is not None:
+        left_out["users"] = _import_users(name, config, dataset, directory, items_NE.shape[1])
+        users = UserTable(load_table(directory / f"{USERS}.npy"))
+    files = _files(config)
+    for kind, count in left_out.items():
+        if count:
+            say(f"{files[kind]}: {count} rows are left out, their ids are no {kind} of the dataset")
+    validation = Validation(dataset, seed).of_vectors(items_NE, users)
+    return {"validation": validation, "imported": files, "left_out": left_out}
 
 
 def write_graph(graph: Graph, config: RunConfig, dataset: PreparedDataset, directory: Path) -> dict[str, Any]:
@@ -130,24 +123,6 @@ def _files(section: Import) -> dict[str, str]:
 def _field(name: str, field: str) -> str:
     """Return the configuration's name of a field of an import."""
     return f"ids.imported.{field}" if name == "id" else f"sources.{name}.{field}"
-
-
-def _import(
-    name: str, config: Import, dataset: PreparedDataset, directory: Path, seed: int, say: Say
-) -> dict[str, Any]:
-    """Write imported item and user vectors; return figures for the manifest."""
-    left_out = {"items": _import_items(name, config, dataset, directory, say)}
-    items_NE = load_table(directory / ITEMS_FILE)
-    users: UserVectors = HistoryRule.of(config.user_rule, config.half_life, config.max_history)
-    if config.users is not None:
-        left_out["users"] = _import_users(name, config, dataset, directory, items_NE.shape[1])
-        users = UserTable(load_table(directory / f"{USERS}.npy"))
-    files = _files(config)
-    for kind, count in left_out.items():
-        if count:
-            say(f"{files[kind]}: {count} rows are left out, their ids are no {kind} of the dataset")
-    validation = Validation(dataset, seed).of_vectors(items_NE, users)
-    return {"validation": validation, "imported": files, "left_out": left_out}
 
 
 def _import_items(name: str, config: Import, dataset: PreparedDataset, directory: Path, say: Say) -> int:

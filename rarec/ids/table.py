@@ -59,6 +59,12 @@ class ItemTable:
         self._untrained = torch.from_numpy(np.flatnonzero(~trained_N[own])).to(world.device)
         self._adam = torch.optim.SparseAdam([self.rows_ME], lr=lr)
 
+    def start_from(self, file: Path) -> None:
+        """Take the vectors of another training's items from its file; an item that it did not know keeps its own."""
+        started_ME = self._own_rows(file).to(self.world.device)
+        known_M = (started_ME != 0).any(1)
+        self.rows_ME.data[known_M] = started_ME[known_M]
+
     @torch.no_grad()
     def look_up(self, rows_U: Tensor) -> Tensor:
         """Return the vectors of some items, (U, E), each from the rank that has it. All ranks ask for the same rows."""
@@ -115,13 +121,13 @@ class ItemTable:
             directory: that `save` has written to; its checkpoint is checked by hash, and belongs to this training.
             step: steps that Adam had taken.
         """
-
-        def read(file: str) -> Tensor:
-            return torch.from_numpy(load_table(directory / file)[self.first : self.first + len(self.rows_ME)])
-
-        self.rows_ME.data.copy_(read(ITEMS_FILE))
-        moments = {name: read(file).to(self.world.device) for name, file in MOMENTS.items()}
+        self.rows_ME.data.copy_(self._own_rows(directory / ITEMS_FILE))
+        moments = {name: self._own_rows(directory / file).to(self.world.device) for name, file in MOMENTS.items()}
         self._adam.state[self.rows_ME] = {"step": step, **moments}
+
+    def _own_rows(self, file: Path) -> Tensor:
+        """Return this rank's rows of a file."""
+        return torch.from_numpy(load_table(file)[self.first : self.first + len(self.rows_ME)])
 
     def _write(self, file: Path | None, rows_ME: Tensor) -> None:
         """Write a table of which each rank has its rows; ranks without a file only send theirs."""

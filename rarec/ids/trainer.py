@@ -44,6 +44,7 @@ def train_ids(
     directory: Path,
     say: Say,
     world: World = SINGLE,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Train on each user's training part with early stopping; write the item table and the model of the best epoch.
 
@@ -62,6 +63,7 @@ def train_ids(
         directory: gets `items.npy` and `model.safetensors`.
         say: prints one line to the user.
         world: device and ranks; all of them call this.
+        start: directory of a finished training, whose model this one goes on from; its own first values by default.
 
     Returns:
         Figures of the training, for the manifest.
@@ -77,7 +79,8 @@ def train_ids(
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(seed)
         training = Training(settings, dataset.train_counts_N > 0, seed, checkpoints, world)
-        training.resume(say)
+        if not training.resume(say) and start is not None:
+            training.start_from(start)
         with Task(f"epochs of {settings.title}", settings.epochs, len(training.curve)) as shown:
             while not training.is_done:
                 training.epoch(windows, validation)
@@ -210,12 +213,17 @@ class Training:
             save_file(tensors, temporary / _TENSORS)
             self.table.save(temporary)
 
-    def resume(self, say: Say) -> None:
-        """Load the newest whole checkpoint of this training, if there is one."""
+    def start_from(self, directory: Path) -> None:
+        """Take the weights of a finished training, without its moments: this one has a log of its own."""
+        self.encoder.load_state_dict(load_file(directory / MODEL_FILE))
+        self.table.start_from(directory / ITEMS_FILE)
+
+    def resume(self, say: Say) -> bool:
+        """Load the newest whole checkpoint of this training; return whether there is one."""
         newest = self.world.run_on_all(lambda: _newest(self.checkpoints, say) if self.world.is_main else 0)
         epoch = self.world.all_reduce_max(newest)
         if not epoch:
-            return
+            return False
         tensors = load_file(self.checkpoints.path(epoch) / _TENSORS)
         state = self.checkpoints.read_state(epoch)
         self.encoder.load_state_dict(_under("model.", tensors))
@@ -227,6 +235,7 @@ class Training:
         self.curve, self.steps, self.seconds = (state[name] for name in ("curve", "steps", "seconds"))
         self.table.load(self.checkpoints.path(epoch), self.steps)
         say(f"resuming after epoch {epoch}")
+        return True
 
     def write_best(self, directory: Path) -> None:
         """Write the item table and the model of the best epoch, from its checkpoint."""

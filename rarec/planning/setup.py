@@ -17,7 +17,7 @@ from pydantic import ByteSize, TypeAdapter
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
 from rarec.config.neighbours import Graph
-from rarec.data.shards.batch_plan import BatchPlan
+from rarec.data.shards.batch_plan import plan_batches
 from rarec.data.shards.files import open_index
 from rarec.distributed.hardware import DEVICES, Device, known_device
 from rarec.errors import UserError
@@ -217,8 +217,7 @@ class SampleStats:
         batches = None
         if config.train.tokens_per_batch:
             user_slots = sum(slots_reserved(config, source_shapes(config))["user"].values())
-            plan = BatchPlan(index_S["shard"], tokens_S, config.run.seed, config.train, user_slots)
-            epoch = (tokens_S[numbers] for numbers in plan.batches(0))
+            epoch = (tokens_S[numbers] for numbers in plan_batches(index_S, config, user_slots).batches(0))
             batches = EpochBatches.from_lengths(epoch, config.llm.packing)
         return cls(len(tokens_S), PromptLengths.of(tokens_S), batches)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
 from rarec.config.neighbours import Graph, Neighbours
-from rarec.errors import redacted_setting
+from rarec.config.schema import FOLD, OLDER
+from rarec.errors import UserError, redacted_setting
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
 from rarec.storage.artefacts import PROGRESS, Manifest, sha256_json
@@ -63,7 +64,7 @@ class PrepareStage(Stage):
 
 
 class IdsStage(Stage):
-    """Vectors of one source: `id`, each of the configuration's `sources`, and the baseline beside a held-out `id`."""
+    """Vectors of one source: `id`, each of the configuration's `sources`, and of the ID models that samples read."""
 
     name = "ids"
     summary = "Train or import ID embeddings."
@@ -89,7 +90,8 @@ class IdsStage(Stage):
         if isinstance(chosen, Recipe):
             section = cast(Ids, self.section)  # sources beside `id` have no recipe
             users = {"kind": section.model, **chosen.model_dump(mode="json")}
-            return {"seed": config.run.seed, "holdout": section.held_out, "users": users}
+            settings = {"seed": config.run.seed, "holdout": section.held_out, "users": users}
+            return settings if self._fold is None else {**settings, "fold": self._fold, "folds": section.folds}
         if isinstance(chosen, Graph):
             counted = {"holdout": config.ids.held_out, **table_settings("transition", config.neighbours)}
             rule = config.neighbours.model_dump(mode="json", include={"newest", "decay"})
@@ -99,9 +101,24 @@ class IdsStage(Stage):
         rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
         return {"missing": chosen.missing, "users": {"kind": "rule", **rule}}
 
+    @property
+    def _fold(self) -> int | None:
+        """The part of the users whose held-out interactions do not train this model; None for any other model."""
+        return int(self.part.removeprefix(FOLD)) if self.part.startswith(FOLD) else None
+
+    @property
+    def _start(self) -> Stage | None:
+        """The ID model that this one's training goes on from, if it does."""
+        config = self.run.config
+        goes_on = isinstance(self.chosen, Recipe) and self.part != OLDER and OLDER in config.vectors_by_name
+        return self.run.stage("ids", OLDER) if goes_on else None
+
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
-        return {"prepare": self.run.stage("prepare")}
+        before = {"start": self._start} if self._start else {}
+        if self._fold is not None:
+            before["id"] = self.run.stage("ids", "id")
+        return {"prepare": self.run.stage("prepare"), **before}
 
     def outside_inputs(self) -> dict[str, str]:
         """See `Stage`: hashes of the files that vectors are imported from."""
@@ -110,33 +127,54 @@ class IdsStage(Stage):
         return imported_hashes(self.part, self.chosen) if isinstance(self.chosen, Import) else {}
 
     def location_key(self) -> object:
-        """See `Stage`: the names of imported files, and that of a source, but for the baseline, which is an `id`."""
-        name = self.part if self.part in self.run.config.sources_by_name else "id"
+        """See `Stage`: the names of the source and of imported files."""
         chosen = self.chosen
         files = [getattr(chosen, field) for field in IMPORTED_FILES] if isinstance(chosen, Import) else []
-        return [name, files]
+        return [self.part, files]
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.ids.make import write_graph, write_source
+        from rarec.ids.make import import_vectors, write_graph
 
         run = self.run
-        seed = run.config.run.seed
+        name, dataset = self.part, run.dataset
         figures: dict[str, Any] = {}
-        if isinstance(self.section, Graph):
-            graph = self.section
-            run.world.run_on_main(lambda: figures.update(write_graph(graph, run.config, run.dataset, directory)))
-        else:
-            identity = sha256_json([self.settings(), run.dataset.hash])
-            progress = directory / PROGRESS
-            source = (self.part, self.section, run.dataset, directory)
-            figures = write_source(*source, seed, progress, identity, run.say, run.world)
+        match self.chosen:
+            case Graph() as graph:
+                run.world.run_on_main(lambda: figures.update(write_graph(graph, run.config, dataset, directory)))
+            case Import() as chosen:
+                made = (name, chosen, dataset, directory, run.config.run.seed, run.say)
+                run.world.run_on_main(lambda: figures.update(import_vectors(*made)))
+            case recipe:
+                figures = self._train(recipe, directory)
         if not figures:  # of a rank that has only waited
             return Built()
         reached = figures["validation"]
         means = f"hr@10 {reached['hr@10']:.4f}, ndcg@10 {reached['ndcg@10']:.4f}"
         run.say(f"{self.part}: full ranking of {reached['n']} validation users: {means}")
         return Built({"name": self.part, **figures})
+
+    def _train(self, recipe: Recipe, directory: Path) -> dict[str, Any]:
+        """Train the ID model on all training interactions but those that are hidden from it; return its figures."""
+        from rarec.ids.trainer import KEPT, train_ids
+        from rarec.storage.checkpoint_store import CheckpointStore
+
+        run, section, start = self.run, cast(Ids, self.section), self._start
+        dataset = run.dataset
+        if self.part == OLDER:
+            dataset = dataset.holding_out(section.held_out)
+        elif self._fold is not None:
+            dataset = dataset.holding_out(section.held_out, self._fold, section.folds)
+            if dataset.n_users < section.folds:
+                problem = f"{dataset.directory} has {dataset.n_users} users, fewer than ids.folds, {section.folds}"
+                raise UserError(problem, "lower ids.folds")
+            best = run.stage("ids", "id").require()["best_epoch"]
+            recipe = recipe.model_copy(update={"epochs": best})  # as far as `id`, whose place it takes
+        from_hash = start.hash if start else None
+        identity = sha256_json([self.settings(), run.dataset.hash, from_hash])
+        checkpoints = CheckpointStore(directory / PROGRESS, KEPT, identity)
+        begin = start.directory if start else None
+        return train_ids(dataset, recipe, run.config.run.seed, checkpoints, directory, run.say, run.world, begin)
 
 
 class NeighboursStage(Stage):
@@ -229,7 +267,7 @@ class ShardsStage(Stage):
         """
         config = self.run.config
         settings: dict[str, Any] = {"seed": config.run.seed, **config.sections("shards", "prompt")}
-        settings |= {"holdout": config.ids.held_out, "pool": config.readout.pool}
+        settings |= {"holdout": config.ids.held_out, "folds": len(config.sample_ids), "pool": config.readout.pool}
         settings |= {"instructions": config.alignment.instructions}
         del settings["shards"]["writers"]
         return settings
@@ -237,7 +275,8 @@ class ShardsStage(Stage):
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
         run = self.run
-        sources = {f"ids/{name}": run.stage("ids", name) for name in run.config.sources_by_name}
+        names = dict.fromkeys([*run.config.sample_ids, *run.config.sources_by_name])
+        sources = {f"ids/{name}": run.stage("ids", name) for name in names}
         return {"prepare": run.stage("prepare"), **sources}
 
     def outside_inputs(self) -> dict[str, str]:
@@ -272,7 +311,7 @@ class ShardsStage(Stage):
         run = self.run
         content = ShardContent(run)
         identity = sha256_json([self.settings(), run.model_inputs, run.dataset.hash])
-        tars = map(tar_name, range(-(-content.total // run.config.shards.samples_per_shard)))
+        tars = map(tar_name, range(len(content.places)))
         run.world.run_on_main(lambda: claim(directory, [INDEX, *content.sidecars, *tars]))
         figures, files = content.write(directory, identity, content.sidecars)
         cut = {"user": content.cut_users(), "item": run.prompts.cut["item"]}

@@ -120,7 +120,7 @@ class ExportStage(Stage):
         trained = next((self._trained(name) for name in parts if name in run.config.variants), None)
         sources = dict(run.sources) if trained else {}
         if "id" in parts:
-            sources[run.baseline.name] = run.baseline
+            sources["id"] = run.sources["id"]
         for name, source in sources.items():
             _check_servable(name, source)
         tables = {name: run.directory("neighbours", name) for name in run.config.neighbours.by_name if name in parts}
@@ -131,9 +131,7 @@ class ExportStage(Stage):
         texts_ND = np.load(read, allow_pickle=False) if trained and read else None
         known = load_file(run.directory("evaluate") / ORDERS) if row.endswith(LEARNED) else {}
         order = {name.rpartition("/")[2]: array for name, array in known.items() if name.rpartition("/")[0] == row}
-        return Contents(
-            row, parts, run.baseline.name, catalogue, trained, sources, tables, texts_ND, order if known else None
-        )
+        return Contents(row, parts, catalogue, trained, sources, tables, texts_ND, order if known else None)
 
     def _trained(self, name: str) -> "Trained":
         """Return a trained variant with its vectors of the catalogue, which all ranks compute."""

@@ -44,9 +44,8 @@ class EvaluateStage(Stage):
         """See `Stage`."""
         run = self.run
         trained: dict[str, Stage] = {name: run.stage("train", name) for name in run.config.variants}
-        baseline, _ = run.config.baseline
         counted = {f"neighbours/{name}": run.stage("neighbours", name) for name in run.config.neighbours.by_name}
-        return {**trained, **counted, "prepare": run.stage("prepare"), "baseline": run.stage("ids", baseline)}
+        return {**trained, **counted, "prepare": run.stage("prepare"), "baseline": run.stage("ids", "id")}
 
     def outside_inputs(self) -> dict[str, str]:
         """See `Stage`: hashes of outside ranks. The shards must be of the language model and prompt as they are now."""
@@ -61,7 +60,7 @@ class EvaluateStage(Stage):
         run = self.run
         started = time.monotonic()
         evaluator = Evaluator(
-            run.config, run.dataset, run.baseline.ranker(), run.neighbours, world=run.world, say=run.say
+            run.config, run.dataset, run.sources["id"].ranker(), run.neighbours, world=run.world, say=run.say
         )
         evaluator.rank_untrained()
         for name in run.config.variants:  # one trained variant is loaded at a time

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 HEADER = "# The resolved configuration of this run, written by rarec. Edit the file that it comes from instead.\n"
-OPENED = ("dataset", "sources", "baseline", "prompts", "neighbours")
+OPENED = ("dataset", "sources", "sample_sources", "prompts", "neighbours")
 """Properties of a run that hold artefacts of its first three stages, which may be built anew."""
 _TABLES = ("field `prepare.interactions.path`", "field `prepare.items.path`")
 
@@ -268,13 +268,10 @@ class Run:
         return {name: self._source(name) for name in self.config.sources_by_name}
 
     @cached_property
-    def baseline(self) -> "Source":
-        """The ID model that variants are compared and fused with.
-
-        It is `id` itself, or one trained on all interactions where `id` was trained without the newest.
-        """
-        name, _ = self.config.baseline
-        return self.sources["id"] if name == "id" else self._source(name)
+    def sample_sources(self) -> "list[dict[str, Source]]":
+        """The sources as the samples of each part of the users read them, with an `id` that has not seen them."""
+        names = self.config.sample_ids
+        return [{**self.sources, "id": self._source(name)} if name != "id" else self.sources for name in names]
 
     @cached_property
     def neighbours(self) -> "dict[str, NeighbourRanker]":

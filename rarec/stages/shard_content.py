@@ -9,12 +9,14 @@ Shape letters: S samples, B samples of a shard, N items, L stored blocks, D hidd
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from rarec.data.dataset import fold_of
 from rarec.data.selection import select_samples
 from rarec.data.shards.files import ShardDataset, Tars, open_index
 from rarec.data.shards.samples import REPAIR, Sample, sample_key
@@ -45,6 +47,7 @@ class ShardContent:
     Attributes:
         selection: the selected samples.
         total: their number.
+        folds: the number of parts of the users.
         cut_S: for each, whether its prompt was cut; -1 if it was not made in this process.
 
     Raises:
@@ -54,7 +57,8 @@ class ShardContent:
     def __init__(self, run: Run) -> None:
         self.run = run
         config = run.config
-        self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out)
+        self.folds = len(config.sample_ids)
+        self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out, self.folds)
         users, positions = self.selection.user_rows, self.selection.positions
         self.total = len(users)
         self.cut_S = np.full(self.total, -1, np.int8)
@@ -68,6 +72,14 @@ class ShardContent:
     def blocks(self) -> list[int]:
         """The blocks whose states are stored; see `stored_blocks`."""
         return stored_blocks(self.run.config, len(self.run.llm.backbone.blocks))
+
+    @property
+    def places(self) -> list[range]:
+        """The places of each tar's samples in the selection, all of one part of the users."""
+        folds_S = fold_of(self.selection.user_rows, self.folds)
+        edges = np.searchsorted(folds_S, np.arange(self.folds + 1)).tolist()
+        size = self.run.config.shards.samples_per_shard
+        return [range(at, min(at + size, stop)) for start, stop in pairwise(edges) for at in range(start, stop, size)]
 
     @property
     def sidecars(self) -> dict[str, Callable[[], Any]]:
@@ -95,7 +107,8 @@ class ShardContent:
         with run.engine.serving(run.llm.backbone):  # on the ranks' device: another one rounds differently
             for name in names:
                 self._write_sidecar(directory / name)
-            records = write_shards(directory, self.total, run.config.shards, self.samples, identity, run.world)
+            writers = run.config.shards.writers
+            records = write_shards(directory, self.places, writers, self.samples, identity, run.world)
         return describe_shards(records, self.sidecars)
 
     def _write_sidecar(self, path: Path) -> None:
@@ -106,7 +119,7 @@ class ShardContent:
         self.run.world.run_on_main(lambda: write(path, made))
 
     def samples(self, places: range) -> Iterator[Sample]:
-        """Yield the samples at these places of the selection."""
+        """Yield the samples at these places of the selection, all of one part of the users."""
         run, dataset = self.run, self.run.dataset
         users = self.selection.user_rows[places.start : places.stop]
         positions = self.selection.positions[places.start : places.stop]
@@ -114,7 +127,8 @@ class ShardContent:
         prompts = [run.prompts.user(history) for history in histories]
         self.cut_S[places.start : places.stop] = [prompt.cut for prompt in prompts]
         states_BLD = self._states(prompts, run.world.in_lockstep)
-        vectors = {name: source.user_vectors(users, histories) for name, source in run.sources.items()}
+        sources = run.sample_sources[fold_of(int(users[0]), self.folds)]
+        vectors = {name: source.user_vectors(users, histories) for name, source in sources.items()}
         for row, (user, position) in enumerate(zip(users.tolist(), positions.tolist(), strict=True)):
             target = int(dataset.sequence(user)[position])
             own = {name: array[row] for name, array in vectors.items()}

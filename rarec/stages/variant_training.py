@@ -111,7 +111,7 @@ def build_trainer(
         initialiser = open_initialiser(run, shards["state_blocks"])
         model = initialiser.new_model(variant, lambda n: initial_samples(feed.first_samples(plan, n), run.prompts))
     optimisation = run.engine.train(model, config.train)
-    collate = Collator(model, run.prompts, run.sources, item_states_NLD, config.alignment.id_dropout)
+    collate = Collator(model, run.prompts, run.sample_sources, item_states_NLD, config.alignment.id_dropout)
     return Trainer(
         config.train,
         config.run.seed,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from rarec.data.dataset import fold_of
 from rarec.data.shards.samples import Sample
 from rarec.ids.source import Source
 from rarec.models.initialise import WHITENING_SIZE, FirstSamples
@@ -60,7 +61,8 @@ class Collator:
     Args:
         model: says how many slots its towers take.
         prompts: fills the item prompts; the most recent ones are cached.
-        sources: every source by name; a batch's rows are gathered here, so that tables need no memory on the device.
+        sources: every source by name, for the samples of each part of the users; a batch's rows are gathered here, so
+            that tables need no memory on the device.
         item_states_NLD: stored text-only states of the catalogue, memory-mapped.
         id_dropout: share of the samples whose item's vectors are replaced by zeros. It depends on a sample's key alone
             whether it is one of them.
@@ -70,7 +72,7 @@ class Collator:
         self,
         model: RaRec,
         prompts: PromptPair,
-        sources: Mapping[str, Source],
+        sources: Sequence[Mapping[str, Source]],
         item_states_NLD: npt.NDArray[np.floating],
         id_dropout: float,
     ) -> None:
@@ -79,14 +81,15 @@ class Collator:
         self._item = lru_cache(_ITEMS_CACHED)(prompts.item)
 
     def __call__(self, samples: Sequence[Sample], total: int) -> Batch:
-        """Return a batch of this rank's samples, out of `total` on all ranks."""
+        """Return a batch of this rank's samples, all of one part of the users, out of `total` on all ranks."""
+        sources = self.sources[fold_of(samples[0].user, len(self.sources))]
         rows = np.array([sample.target for sample in samples])
         user_states_bLD = np.stack([sample.states_LD for sample in samples]).astype(np.float32)
         item_states_bLD = self.item_states_NLD[rows].astype(np.float32)
         histories = [torch.tensor(sample.history_H, dtype=torch.int64) for sample in samples]
         histories_bH = pad_sequence(histories, batch_first=True, padding_value=-1)
-        users = self._users(samples)
-        items = self._items(rows, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
+        users = self._users(samples, sources)
+        items = self._items(rows, sources, np.array([crc32(sample.key.encode()) for sample in samples]) / CRCS)
         targets = LossTargets(
             torch.tensor([sample.user for sample in samples]),
             torch.from_numpy(rows),
@@ -98,15 +101,17 @@ class Collator:
         tokens = int(users.mask_BT.sum() + items.mask_BT.sum())
         return Batch(users, items, targets, tuple(sample.key for sample in samples), tokens)
 
-    def _users(self, samples: Sequence[Sample]) -> SideBatch:
+    def _users(self, samples: Sequence[Sample], sources: Mapping[str, Source]) -> SideBatch:
         prompts = [self.prompts.stored(sample.tokens_T, sample.marks, sample.history_H) for sample in samples]
-        vectors: Vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in self.sources}
-        vectors = {**vectors, **title_vectors(prompts, self.prompts, self.sources)}
+        vectors: Vectors = {name: np.stack([sample.vectors[name] for sample in samples]) for name in sources}
+        vectors = {**vectors, **title_vectors(prompts, self.prompts, sources)}
         return side_batch(prompts, vectors, self.model.user, self.prompts.tokenizer.filler)
 
-    def _items(self, rows: npt.NDArray[np.int64], draws_b: npt.NDArray[np.float64]) -> SideBatch:
+    def _items(
+        self, rows: npt.NDArray[np.int64], sources: Mapping[str, Source], draws_b: npt.NDArray[np.float64]
+    ) -> SideBatch:
         kept_b11 = (draws_b >= self.id_dropout)[:, None, None]
-        vectors = {name: source.items_NE[rows][:, None] * kept_b11 for name, source in self.sources.items()}
+        vectors = {name: source.items_NE[rows][:, None] * kept_b11 for name, source in sources.items()}
         prompts = [self._item(row) for row in rows.tolist()]
         return side_batch(prompts, vectors, self.model.item, self.prompts.tokenizer.filler)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from rarec.config.schema import Shards, Train
-from rarec.data.shards.batch_plan import BatchPlan
+from rarec.data.shards.batch_plan import ShardPlan
 from rarec.data.shards.files import INDEX, ShardDataset, Tars, open_index, tar_name, write_index
 from rarec.data.shards.samples import Sample
 from rarec.data.shards.writing import describe_shards, write_shards
@@ -83,8 +83,8 @@ def made_samples(numbers: range) -> Iterator[Sample]:
 
 def write_different(directory: Path, shards: int, samples: int) -> None:
     """Write shards as `rarec shards` does."""
-    settings = Shards(samples_per_shard=samples)
-    finish(directory, write_shards(directory, shards * samples, settings, made_samples, "bench"))
+    places = [range(shard * samples, (shard + 1) * samples) for shard in range(shards)]
+    finish(directory, write_shards(directory, places, Shards().writers, made_samples, "bench"))
 
 
 def write_same(directory: Path, source: Path, shards: int) -> None:
@@ -111,13 +111,13 @@ def finish(directory: Path, records: list[dict[str, Any]]) -> None:
     write_manifest(directory, "shards", settings={}, made_from={}, files=files, **figures)
 
 
-def stream_of(directory: Path, by: str) -> tuple[BatchPlan, ShardDataset]:
+def stream_of(directory: Path, by: str) -> tuple[ShardPlan, ShardDataset]:
     """Open plan and samples as training does, with batches by size or by tokens."""
     manifest = read_manifest(directory, "shards")
     check_files(directory, {**manifest, "files": {INDEX: manifest["files"][INDEX]}})
     index_S = open_index(directory, manifest)
     train = Train.model_validate({by: SIZES[by]})
-    return BatchPlan(index_S["shard"], index_S["tokens"], 0, train), ShardDataset(index_S, Tars(directory))
+    return ShardPlan(index_S["shard"], index_S["tokens"], 0, train), ShardDataset(index_S, Tars(directory))
 
 
 def restart(directory: Path, by: str) -> float:
@@ -139,7 +139,7 @@ def resident_over_an_epoch(directory: Path) -> tuple[float, float, float]:
     return before, min(seen), max(seen)
 
 
-def read_epoch(plan: BatchPlan, samples: ShardDataset, ranks: int = 1) -> None:
+def read_epoch(plan: ShardPlan, samples: ShardDataset, ranks: int = 1) -> None:
     """Read the last rank's part of an epoch and keep nothing."""
     for numbers in plan.batches(0):
         samples.read(plan.share(numbers, ranks - 1, ranks))

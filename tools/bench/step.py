@@ -155,7 +155,7 @@ class Workload:
         return Sample(user, len(history), target, history, prompt.tokens_T, prompt.marks, states, {"id": vector})
 
     def _collator(self, model: RaRec) -> Collator:
-        sources: Any = {"id": SimpleNamespace(items_NE=self.items_NE)}
+        sources: Any = [{"id": SimpleNamespace(items_NE=self.items_NE)}]
         return Collator(model, self.prompts, sources, self.states, id_dropout=0.0)
 
     def _step(self, model: RaRec, text_pass: bool = False) -> Step:

@@ -1,4 +1,4 @@
-"""Plan the batches of every epoch from two columns of the index, without opening a tar.
+"""Plan the batches of every epoch from columns of the index, without opening a tar.
 
 The order is a function of seed and epoch, and a position in it is one number, the step: a run can resume anywhere, and
 global batches do not depend on the number of readers. Shards are shuffled and mixed in groups; samples are sorted by
@@ -8,15 +8,17 @@ generators of their own, so any window can be planned alone, and only one is kep
 Shape letters: S samples, P shards, W windows, n samples of one window.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, count, islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from rarec.config.schema import Train
-from rarec.data.shards.samples import REPAIR
+from rarec.config.schema import RunConfig, Train
+from rarec.data.dataset import fold_of
+from rarec.data.shards.samples import REPAIR, IndexRows
 from rarec.data.tables import release_pages
 from rarec.errors import UserError
 
@@ -26,12 +28,131 @@ SHUFFLED_TOGETHER = 4
 """Number of shards whose samples are mixed."""
 SORTED_TOGETHER = 16
 """Number of batches in a window."""
-_SHARDS, _GROUP, _WINDOW = 1, 2, 3
+_SHARDS, _GROUP, _WINDOW, _TURNS = 1, 2, 3, 4
 """Stream ids of the random generators; never 0, because NumPy treats [1, 2] and [1, 2, 0] as the same seed."""
 
 
-class BatchPlan:
+class BatchPlan(ABC):
     """Plan batches of sample numbers (rows of the index) on demand.
+
+    Attributes:
+        samples: number of samples of an epoch.
+    """
+
+    samples: int
+
+    @abstractmethod
+    def steps(self, epoch: int) -> int:
+        """Return the number of batches of an epoch; with a token budget, plan the epoch once to count them."""
+
+    @abstractmethod
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Numbers]:
+        """Yield the batches of an epoch from `first_step` on."""
+
+    @abstractmethod
+    def first_samples(self, most: int) -> Numbers:
+        """Return up to `most` samples of the first epoch, in the order before batches are formed by length."""
+
+    @abstractmethod
+    def smallest(self, epoch: int) -> int:
+        """Return the size of the smallest batch of an epoch."""
+
+    def total_steps(self, epochs: int) -> int:
+        """Return the number of steps of `epochs` epochs."""
+        return sum(self.steps(epoch) for epoch in range(epochs))
+
+    def epoch_and_step(self, step: int) -> tuple[int, int]:
+        """Convert a global step to its epoch and the step within it."""
+        epoch = 0
+        while step and step >= self.steps(epoch):
+            step, epoch = step - self.steps(epoch), epoch + 1
+        return epoch, step
+
+    def batches_between(self, first: int, last: int) -> Iterator[Numbers]:
+        """Yield the batches of the global steps `first` to `last` (exclusive)."""
+        begun, step = self.epoch_and_step(first)
+        every = (self.batches(epoch, step if epoch == begun else 0) for epoch in count(begun))
+        return islice(chain.from_iterable(every), last - first)
+
+    def share(self, batch: Numbers, rank: int, world: int) -> Numbers:
+        """Return one rank's part of a batch; the ranks' parts together are the batch."""
+        return batch[rank::world]
+
+    def check_world_size(self, world: int, epochs: int) -> None:
+        """Check that the smallest batch has a sample for every rank.
+
+        Raises:
+            UserError: some rank would have no sample in some step.
+        """
+        smallest = min(self.smallest(epoch) for epoch in range(epochs))
+        if smallest < world:
+            problem = f"the smallest batch, of {smallest}, is smaller than the number of ranks, {world}"
+            raise UserError(problem, "raise train.batch_size or train.tokens_per_batch, or start fewer processes")
+
+
+def plan_batches(index_S: IndexRows, config: RunConfig, slots: int, excluded: Iterable[int] = ()) -> BatchPlan:
+    """Plan the batches of a run's samples, each of one part of the users (`ids.folds`).
+
+    Args:
+        index_S: of the shards; the samples of one part of the users are behind those of the part before.
+        config: of the run.
+        slots: see `ShardPlan`.
+        excluded: see `ShardPlan`.
+
+    Raises:
+        UserError: see `ShardPlan`.
+    """
+    folds, seed, train = len(config.sample_ids), config.run.seed, config.train
+    excluded_n = np.unique(np.fromiter(excluded, np.int64))
+    users_S = index_S["user"]
+    edges = [bisect_left(users_S, fold, key=lambda user: fold_of(user, folds)) for fold in range(folds)]
+    plans = []
+    for start, stop in pairwise([*edges, len(users_S)]):
+        own_n = excluded_n[slice(*np.searchsorted(excluded_n, [start, stop]))] - start
+        if folds == 1 or stop - start > len(own_n):
+            part_S = index_S[start:stop]
+            plans.append((start, ShardPlan(part_S["shard"], part_S["tokens"], seed, train, slots, own_n)))
+    if not plans:
+        raise UserError(f"none of {len(users_S)} samples is left for training", REPAIR)
+    return plans[0][1] if len(plans) == 1 else FoldedPlan(plans, seed)
+
+
+class FoldedPlan(BatchPlan):
+    """Take the batches of several plans in random turns, so that each batch is of one part of the users.
+
+    Args:
+        plans: for each part, the number of its first sample, and the plan of its samples.
+        seed: of the turns.
+    """
+
+    def __init__(self, plans: Sequence[tuple[int, BatchPlan]], seed: int) -> None:
+        self._plans, self._seed = plans, seed
+        self.samples = sum(plan.samples for _, plan in plans)
+
+    def steps(self, epoch: int) -> int:
+        """See `BatchPlan`."""
+        return sum(plan.steps(epoch) for _, plan in self._plans)
+
+    def smallest(self, epoch: int) -> int:
+        """See `BatchPlan`."""
+        return min(plan.smallest(epoch) for _, plan in self._plans)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Numbers]:
+        """See `BatchPlan`."""
+        turns = np.repeat(np.arange(len(self._plans)), [plan.steps(epoch) for _, plan in self._plans])
+        turns = np.random.default_rng([self._seed, epoch, _TURNS]).permutation(turns)
+        done = np.bincount(turns[:first_step], minlength=len(self._plans)).tolist()
+        batches = [plan.batches(epoch, step) for (_, plan), step in zip(self._plans, done, strict=True)]
+        return (self._plans[turn][0] + next(batches[turn]) for turn in turns[first_step:])
+
+    def first_samples(self, most: int) -> Numbers:
+        """See `BatchPlan`: as many of each part, as far as it has them."""
+        each = -(-most // len(self._plans))
+        return np.concatenate([first + plan.first_samples(each) for first, plan in self._plans])[:most]
+
+
+class ShardPlan(BatchPlan):
+    """Plan the batches of samples that are mixed with each other.
 
     Args:
         shard_S: shard of each sample, ascending; may be memory-mapped.
@@ -60,22 +181,11 @@ class BatchPlan:
         self._surveys: dict[int, tuple[Numbers, int]] = {}
 
     def steps(self, epoch: int) -> int:
-        """Return the number of batches of an epoch; with a token budget, plan the epoch once to count them."""
+        """See `BatchPlan`."""
         return int(self._survey(epoch)[0][-1])
 
-    def total_steps(self, epochs: int) -> int:
-        """Return the number of steps of `epochs` epochs."""
-        return sum(self.steps(epoch) for epoch in range(epochs))
-
-    def epoch_and_step(self, step: int) -> tuple[int, int]:
-        """Convert a global step to its epoch and the step within it."""
-        epoch = 0
-        while step and step >= self.steps(epoch):
-            step, epoch = step - self.steps(epoch), epoch + 1
-        return epoch, step
-
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Numbers]:
-        """Yield the batches of an epoch from `first_step` on."""
+        """See `BatchPlan`."""
         ends_W, _ = self._survey(epoch)
         first = int(np.searchsorted(ends_W, first_step, side="right"))
         skipped = first_step - int(ends_W[first - 1] if first else 0)
@@ -85,30 +195,13 @@ class BatchPlan:
             yield from (batches[number] for number in mixed[skipped:])
             skipped = 0
 
-    def batches_between(self, first: int, last: int) -> Iterator[Numbers]:
-        """Yield the batches of the global steps `first` to `last` (exclusive)."""
-        begun, step = self.epoch_and_step(first)
-        every = (self.batches(epoch, step if epoch == begun else 0) for epoch in count(begun))
-        return islice(chain.from_iterable(every), last - first)
-
     def first_samples(self, most: int) -> Numbers:
-        """Return up to `most` samples of the first epoch, in the order before batches are formed by length."""
+        """See `BatchPlan`."""
         return _EpochOrder(self._shards, self.seed, 0).between(0, min(most, self.samples))
 
-    def share(self, batch: Numbers, rank: int, world: int) -> Numbers:
-        """Return one rank's part of a batch; the ranks' parts together are the batch."""
-        return batch[rank::world]
-
-    def check_world_size(self, world: int, epochs: int) -> None:
-        """Check that the smallest batch has a sample for every rank.
-
-        Raises:
-            UserError: some rank would have no sample in some step.
-        """
-        smallest = min(self._survey(epoch)[1] for epoch in range(epochs))
-        if smallest < world:
-            problem = f"the smallest batch, of {smallest}, is smaller than the number of ranks, {world}"
-            raise UserError(problem, "raise train.batch_size or train.tokens_per_batch, or start fewer processes")
+    def smallest(self, epoch: int) -> int:
+        """See `BatchPlan`."""
+        return self._survey(epoch)[1]
 
     def _survey(self, epoch: int) -> tuple[Numbers, int]:
         """Return the cumulative number of steps after each window (W), and the size of the smallest batch."""
@@ -128,11 +221,11 @@ class BatchPlan:
 
 
 class _KeptSamples:
-    """The samples of each shard without the excluded ones."""
+    """The samples of each shard without the excluded ones; shards are numbered from the first that there is."""
 
     def __init__(self, shard_S: Column, excluded: Numbers) -> None:
-        shards = int(shard_S[-1]) + 1 if len(shard_S) else 0
-        edges = [bisect_left(shard_S, shard) for shard in range(shards)]
+        shards = range(int(shard_S[0]), int(shard_S[-1]) + 1) if len(shard_S) else range(0)
+        edges = [bisect_left(shard_S, shard) for shard in shards]
         self._edges, self._excluded = np.array([*edges, len(shard_S)]), excluded
         self.counts_P: Numbers = np.diff(self._edges) - np.diff(np.searchsorted(excluded, self._edges))
 

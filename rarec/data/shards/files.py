@@ -34,7 +34,8 @@ from rarec.storage.files import atomic_write, is_temporary, locked, open_file
 
 INDEX = "samples.npy"
 MAX_OPEN = 2 * SHUFFLED_TOGETHER
-"""Number of tars kept open: a window of the plan spans two groups of shards, unless they are tiny."""
+"""Number of tars kept open for each part of the users: a window of its plan spans two groups of shards, unless they
+are tiny."""
 _BLOCK = 2**22
 _LOCKS = 64
 """Number of locks, and so of tars that can be fetched in parallel."""
@@ -116,16 +117,19 @@ class RemoteTars(Tars):
         records: records of the shards, from their manifest.
         cache: directory of the fetched tars, shared by processes.
         max_bytes: largest size of the cache in bytes.
+        most: number of tars that are open at the same time.
 
     Raises:
         UserError: the cache is too small for the tars that are open at the same time.
     """
 
-    def __init__(self, url: str, records: Sequence[Mapping[str, Any]], cache: Path, max_bytes: int) -> None:
+    def __init__(
+        self, url: str, records: Sequence[Mapping[str, Any]], cache: Path, max_bytes: int, most: int = MAX_OPEN
+    ) -> None:
         super().__init__(cache)
-        needed = sum(sorted(record["bytes"] for record in records)[-MAX_OPEN:])
+        needed = sum(sorted(record["bytes"] for record in records)[-most:])
         if needed > max_bytes:
-            problem = f"train.stream.cache_gb = {max_bytes / 1e9:g} is too small for {MAX_OPEN} open tars"
+            problem = f"train.stream.cache_gb = {max_bytes / 1e9:g} is too small for {most} open tars"
             raise UserError(problem, f"raise it to {needed / 1e9:.3g} or more, or lower shards.samples_per_shard")
         self._url, self._records, self._max_bytes = url.rstrip("/"), records, max_bytes
         self._locks = cache / "locks"
@@ -181,10 +185,11 @@ class ShardDataset:
     Args:
         index_S: location of each sample, from `open_index`.
         tars: the tars.
+        most: number of tars that are kept open.
     """
 
-    def __init__(self, index_S: IndexRows, tars: Tars) -> None:
-        self.index_S, self.tars = index_S, tars
+    def __init__(self, index_S: IndexRows, tars: Tars, most: int = MAX_OPEN) -> None:
+        self.index_S, self.tars, self._most = index_S, tars, most
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __len__(self) -> int:
@@ -249,7 +254,7 @@ class ShardDataset:
         shard = int(row["shard"])
         if shard not in self._open:
             self._open[shard] = self.tars.open(shard)
-            if len(self._open) > MAX_OPEN:
+            if len(self._open) > self._most:
                 self._close(next(iter(self._open)))
         self._open.move_to_end(shard)
         try:
@@ -274,13 +279,13 @@ def open_samples(stream: Stream, directory: Path, manifest: Mapping[str, Any], c
     Raises:
         UserError: the index does not belong to these shards, or the fields of `train.stream` contradict each other.
     """
-    tars = Tars(directory)
+    tars, most = Tars(directory), MAX_OPEN * manifest["settings"].get("folds", 1)
     if stream.remote is not None:
         if stream.damaged == "skip":
             problem = "train.stream: `damaged: skip` needs local tars, but `remote` is set"
             raise UserError(problem, "set train.stream.damaged=refuse, or read a local copy: train.stream.remote=null")
-        tars = RemoteTars(stream.remote, manifest["shards"], cache, int(stream.cache_gb * 1e9))
-    return ShardDataset(open_index(directory, manifest), tars)
+        tars = RemoteTars(stream.remote, manifest["shards"], cache, int(stream.cache_gb * 1e9), most)
+    return ShardDataset(open_index(directory, manifest), tars, most)
 
 
 def fetch_description(url: str, directory: Path, fresh: bool = False) -> None:

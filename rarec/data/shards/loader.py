@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rarec.config import RunConfig
 from rarec.console.last_resort import SIGNALS
-from rarec.data.shards.batch_plan import BatchPlan, Numbers
+from rarec.data.shards.batch_plan import BatchPlan, Numbers, plan_batches
 from rarec.data.shards.files import ShardDataset, tar_name
 from rarec.data.shards.samples import IndexRows, Sample, key_of
 from rarec.distributed.world import SINGLE, World
@@ -68,8 +68,7 @@ class Feed:
 
     def plan(self, excluded: Iterable[int] = ()) -> BatchPlan:
         """Return the plan of the batches, in the order that the seed gives, without some samples."""
-        index_S, config = self.samples.index_S, self.config
-        return BatchPlan(index_S["shard"], index_S["tokens"], config.run.seed, config.train, self.user_slots, excluded)
+        return plan_batches(self.samples.index_S, self.config, self.user_slots, excluded)
 
     def first_samples(self, plan: BatchPlan, count: int) -> Iterator[Sample]:
         """Read the first `count` samples of a training one by one, or all if there are fewer."""

@@ -8,7 +8,7 @@ Shape letters: S samples.
 
 import json
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.config.schema import Shards
 from rarec.data.dataset import PreparedDataset
 from rarec.data.selection import Selection
 from rarec.data.shards.files import INDEX, ShardDataset, open_index, tar_name, write_index
@@ -31,16 +30,16 @@ MakeSamples = Callable[[range], Iterable[Sample]]
 
 
 def write_shards(
-    directory: Path, total: int, config: Shards, make: MakeSamples, identity: str, world: World = SINGLE
+    directory: Path, places: Sequence[range], writers: int, make: MakeSamples, identity: str, world: World = SINGLE
 ) -> list[dict[str, Any]]:
-    """Write samples 0 to total-1 as tars with an index; skip tars that an interrupted run with this identity completed.
+    """Write samples as tars with an index; skip tars that an interrupted run with this identity completed.
 
     An error in `make` or in a writer ends the run after the tars in progress; they and all earlier ones are kept.
 
     Args:
         directory: directory of the shards.
-        total: number of samples.
-        config: the section `shards`: samples per tar, and tars written in parallel; at most one more is in memory.
+        places: of the samples of each tar, without gaps.
+        writers: number of tars written in parallel; at most one more is in memory.
         make: compute samples; called in this thread, one shard after the other.
         identity: hash of everything that determines the samples.
         world: processes that share the tars; the main process writes the index.
@@ -48,8 +47,7 @@ def write_shards(
     Returns:
         The records of all shards, for the manifest.
     """
-    per_shard = config.samples_per_shard
-    shards = range(-(-total // per_shard))
+    shards = range(len(places))
     (directory / PROGRESS).mkdir(parents=True, exist_ok=True)
     world.run_on_main(lambda: remove_stale(directory))
 
@@ -63,19 +61,21 @@ def write_shards(
     missing = json.loads(world.exchange(json.dumps(todo))[0])
     world.report("writing shards")  # the title of the bar over the shards
     writing = deque[Future[None]]()
-    with ThreadPoolExecutor(config.writers) as pool:
+    with ThreadPoolExecutor(writers) as pool:
         for is_own, shard in world.split_in_lockstep(missing):
             world.report(f"computing {tar_name(shard)}")
-            samples = list(make(range(total)[shard * per_shard : (shard + 1) * per_shard]))
+            samples = list(make(places[shard]))
             if not is_own:  # computed to stay in step
                 continue
-            if len(writing) == config.writers:
+            if len(writing) == writers:
                 writing.popleft().result()
             writing.append(pool.submit(write, shard, samples))
         for future in writing:
             future.result()
     world.barrier()
-    world.run_on_main(lambda: write_index(directory, (_noted(directory, shard)[1] for shard in shards), total))
+    world.run_on_main(
+        lambda: write_index(directory, (_noted(directory, shard)[1] for shard in shards), places[-1].stop)
+    )
     return [_noted(directory, shard)[0] for shard in shards]
 
 
