@@ -24,11 +24,6 @@ BLOCK = 1 << 22
 """Interactions of a block of users."""
 
 
-def fold_of(user_rows: Any, folds: int) -> Any:
-    """Return the part of a user, or of each in an array: the users are cut into parts that take turns (`ids.folds`)."""
-    return user_rows % folds
-
-
 @dataclass(frozen=True)
 class EvalTargets:
     """The evaluation targets of one part of the split: one item for each of S users, in the order of user rows.
@@ -144,18 +139,16 @@ class PreparedDataset:
         held_U: Int32 = np.minimum(wanted_U, np.maximum(self.train_length_U - 1, 0))
         return held_U
 
-    def holding_out(self, share: float, fold: int = 0, folds: int = 1) -> "PreparedDataset":
-        """Return the dataset without the newest training interactions of each user, or of one part of the users.
+    def holding_out(self, share: float, users_U: Mask | None = None) -> "PreparedDataset":
+        """Return the dataset without the newest training interactions of each user, or of some users.
 
         Validation and test targets and their histories stay as they are.
 
         Args:
             share: fraction of each user's training interactions to hold out.
-            fold: number of the part.
-            folds: number of parts.
+            users_U: marks the users; all by default.
         """
-        is_held_U = fold_of(np.arange(self.n_users), folds) == fold
-        train_length_U = self.train_length_U - self.held_out_U(share) * is_held_U
+        train_length_U = self.train_length_U - self.held_out_U(share) * (True if users_U is None else users_U)
         held = replace(self, train_length_U=train_length_U)
         counts_N = np.zeros(self.n_items, np.int64)
         for _, items_i in held.training_items():

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 
 from rarec.config.schema import Shards
-from rarec.data.dataset import Int32, Int64, Mask, PreparedDataset, fold_of
+from rarec.data.dataset import Int32, Int64, Mask, PreparedDataset
+from rarec.data.shards.samples import fold_of
 from rarec.errors import UserError
 
 Range = tuple[int, int] | None

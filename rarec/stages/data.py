@@ -156,6 +156,9 @@ class IdsStage(Stage):
 
     def _train(self, recipe: Recipe, directory: Path) -> dict[str, Any]:
         """Train the ID model on all training interactions but those that are hidden from it; return its figures."""
+        import numpy as np
+
+        from rarec.data.shards.samples import fold_of
         from rarec.ids.trainer import KEPT, train_ids
         from rarec.storage.checkpoint_store import CheckpointStore
 
@@ -164,7 +167,8 @@ class IdsStage(Stage):
         if self.part == OLDER:
             dataset = dataset.holding_out(section.held_out)
         elif self._fold is not None:
-            dataset = dataset.holding_out(section.held_out, self._fold, section.folds)
+            own_U = fold_of(np.arange(dataset.n_users), section.folds) == self._fold
+            dataset = dataset.holding_out(section.held_out, own_U)
             if dataset.n_users < section.folds:
                 problem = f"{dataset.directory} has {dataset.n_users} users, fewer than ids.folds, {section.folds}"
                 raise UserError(problem, "lower ids.folds")

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rarec.data.dataset import fold_of
 from rarec.data.selection import select_samples
 from rarec.data.shards.files import ShardDataset, Tars, open_index
-from rarec.data.shards.samples import REPAIR, Sample, sample_key
+from rarec.data.shards.samples import REPAIR, Sample, fold_of, sample_key
 from rarec.data.shards.writing import damaged_files, describe_shards, keep_intact_tars, write_shards, wrong_samples
 from rarec.data.tables import map_npy
 from rarec.errors import UserError

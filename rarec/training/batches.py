@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from rarec.data.dataset import fold_of
-from rarec.data.shards.samples import Sample
+from rarec.data.shards.samples import Sample, fold_of
 from rarec.ids.source import Source
 from rarec.models.initialise import WHITENING_SIZE, FirstSamples
 from rarec.models.losses import LossTargets

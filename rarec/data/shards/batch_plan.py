@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarec.config.schema import RunConfig, Train
-from rarec.data.dataset import fold_of
-from rarec.data.shards.samples import REPAIR, IndexRows
+from rarec.data.shards.samples import REPAIR, IndexRows, fold_of
 from rarec.data.tables import release_pages
 from rarec.errors import UserError
 

@@ -91,6 +91,11 @@ class Sample:
         return cls(*rows, own["history"], own["tokens"], facts["marks"], own["states"], vectors)
 
 
+def fold_of(user_rows: Any, folds: int) -> Any:
+    """Return the part of a user, or of each in an array: the users are cut into parts that take turns (`ids.folds`)."""
+    return user_rows % folds
+
+
 def sample_key(user: int, position: int) -> str:
     """Return the name of a sample in its shard and in messages."""
     return f"{user:09d}-{position:06d}"
