@@ -9,7 +9,8 @@ from scipy import sparse
 from rarec.bundle.parts import DenseForm
 from rarec.bundle.row import Part, Row
 from rarec.errors import UserError
-from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, VectorRanker
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import FusedRanker, NeighbourRanker, VectorRanker
 
 ITEMS, USERS = 30, 5
 
@@ -65,8 +66,7 @@ def test_inner_products_and_neighbours_are_the_fusion(seed, several, gaps, liste
         scores = scores + weight_N * form.rankers[name].scores(batch)
     assert np.allclose(scores, ranker.scores(batch), atol=1e-4)
     assert np.allclose(form.scores(batch), ranker.scores(batch), atol=1e-4)
-    fused = [form.row.fused(form.row.part_scores(*own)) for own in zip(users, histories, strict=True)]
-    sums = [sum(form.row.parts[name].weight * scores_N for name, scores_N in own.items()) for own in fused]
+    sums = [form.row.whole(form.row.shares(*own), own[1]) for own in zip(users, histories, strict=True)]
     assert np.allclose(sums, ranker.scores(batch), atol=1e-4)
     dense = (users @ form.items_NF.T).max(1)
     best = form.best(

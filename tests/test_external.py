@@ -14,8 +14,7 @@ from rarec.errors import UserError
 from rarec.evaluation.external import external_ranks
 from rarec.evaluation.results import EXTERNAL
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.ranking import EvalBatch
-from rarec.ranking.rank import VectorScores, rank_scores
+from rarec.ranking.rank import EvalBatch, VectorScores, rank_scores
 from tests.datasets import column_of
 
 BATCH = EvalBatch(np.arange(3), [np.array([4]), np.array([0, 0]), np.array([], int)], np.array([0, 1, 2]))

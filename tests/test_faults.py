@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from rarec.console.last_resort import guarded
 from rarec.entry import open_run
 from rarec.errors import EXIT_CODE, UserError
-from rarec.ranking import EvalBatch, VectorRanker
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import VectorRanker
 from rarec.stages import STAGES
 from rarec.stages.shard_content import ShardContent
 from rarec.storage.artefacts import read_manifest

@@ -26,7 +26,8 @@ from rarec.export import formats, rarec_client, write_targets
 from rarec.export.formats import ExactLists
 from rarec.export.graphs import QueryGraph, write_graph
 from rarec.export.onnx_recommender import OnnxRecommender
-from rarec.ranking import EvalBatch, VectorRanker
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import VectorRanker
 from rarec.serve.engines import load_recommender
 from rarec.serve.settings import settings_of
 from rarec.storage.artefacts import read_manifest, write_manifest

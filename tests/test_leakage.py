@@ -13,7 +13,8 @@ from rarec.data.dataset import PreparedDataset, check_no_leaks
 from rarec.data.selection import select_samples
 from rarec.entry import open_run
 from rarec.errors import UserError
-from rarec.ranking import EvalBatch, VectorRanker, rank_users
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import VectorRanker, rank_users
 from tests.conftest import make_world
 from tests.datasets import prepared
 

@@ -1,6 +1,7 @@
 """The learned order: features and scores by hand, what it learns, that no other item passes a candidate, its row."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,11 +18,15 @@ from rarec.evaluation.learned import examples_of, learn
 from rarec.evaluation.results import cheap_suffix, variant_group, variant_title
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.export import write_targets
-from rarec.ranking import EvalBatch, FusedRanker, VectorRanker, rank_users
-from rarec.ranking.learned import Candidates, LearnedOrder, LearnedRanker, best_of
+from rarec.export.onnx_recommender import OnnxRecommender
+from rarec.export.rarec_client import Client
+from rarec.ranking.learned import LearnedRanker, best_of
+from rarec.ranking.order import Candidates, LearnedOrder, reordered
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import FusedRanker, VectorRanker, rank_users
 from rarec.stages.run import Run
 from rarec.storage.files import read_json
-from tests.recommending import sealed
+from tests.recommending import histories, sealed, with_items
 
 ROW = "per_layer+id+cheap+learned"
 ITEMS = 300
@@ -93,6 +98,18 @@ def test_no_item_outside_passes_a_candidate_and_the_others_keep_their_order(seed
         others = np.setdiff1d(np.arange(ITEMS), [*rows, *batch.histories[user]])
         assert scores_BN[user, rows].min() > scores_BN[user, others].max()
         assert np.array_equal(np.argsort(scores_BN[user, others]), np.argsort(fused_BN[user, others]))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_one_user_without_torch_has_the_scores_of_many(seed):
+    rng = np.random.default_rng(seed)
+    parts, weights = rng.normal(size=(3, 2, ITEMS)).astype(np.float32), (1.0, 0.3, 0.2)
+    order = LearnedOrder(*(rng.normal(size=size).astype(np.float32) for size in ((13, 4), (4,), (4,))), 0.1)
+    batch = users([-1, -1], [rng.integers(0, ITEMS, 5), np.empty(0, int)])
+    expected = LearnedRanker(fusion(*parts, weights=weights), order).scores(batch)
+    for user, history in enumerate(batch.histories):
+        shares_NP = (parts[:, user] * np.array(weights, np.float32)[:, None]).T
+        assert reordered(order, shares_NP, history) == pytest.approx(expected[user], abs=1e-4)
 
 
 def test_an_order_that_adds_nothing_ranks_as_the_fusion():
@@ -191,16 +208,61 @@ def test_a_bundle_serves_what_was_evaluated(learned):
     assert {ROW, "id_only+cheap+learned"} <= validation  # so that the best row may be one
 
 
+@pytest.fixture(scope="module")
+def folder(learned, tmp_path_factory) -> Path:
+    """The bundle as ONNX graphs and an index, with a client."""
+    folder = tmp_path_factory.mktemp("learned_order") / "served"
+    write_targets(rarec.load(learned.directory("export")), ["onnx", "faiss"], folder, say=lambda line: None)
+    return folder
+
+
 @pytest.mark.slow
-def test_what_cannot_have_a_learned_order_is_refused_by_name(learned, tmp_path):
-    served = rarec.load(learned.directory("export"))
-    for target in ("vectors", "faiss", "onnx"):
-        with pytest.raises(UserError, match="learned order"):
-            write_targets(served, [target], tmp_path / target, say=print)
-        assert not (tmp_path / target).exists()
-    for call in (lambda: served.query_vectors([served.items[:3]]), lambda: served.place(served.items[:3], "lamp")):
-        with pytest.raises(UserError, match="learned order"):
-            call()
+def test_every_form_of_the_bundle_has_its_order(learned, folder):
+    served, run = rarec.load(learned.directory("export")), learned.dataset
+    everyone = histories(learned, list(map(str, run.user_ids)))[:30]
+    listed = served.recommend(everyone, k=10, fallback="none")
+    onnx, client = OnnxRecommender(folder, served.row, threads=1), Client(folder, threads=1)
+    assert agree(onnx.recommend(everyone, k=10, fallback="none"), listed)
+    assert agree(client.recommend(everyone, k=10), listed)
+    for rules in (
+        {"exclude_seen": False},
+        {"allow": served.items[3:30]},
+        {"deny": [entry.item for entry in listed[0]]},
+    ):
+        assert agree(onnx.recommend(everyone, **rules), served.recommend(everyone, **rules))
+    again = served.rerank(everyone, [served.items] * len(everyone), k=10)
+    assert agree(again, listed)
+    one, other = (each.explain(everyone[0], served.items[0]).parts for each in (served, onnx))
+    assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_new_item_would_stand_where_it_stands_when_it_is_added(learned, tmp_path):
+    bundle = shutil.copytree(learned.directory("export"), tmp_path / "bundle")
+    (tmp_path / "new.jsonl").write_text('{"item": "new", "title": "amber lamp", "brand": "river"}')
+    before, after = rarec.load(bundle), rarec.load(with_items(bundle, tmp_path / "new.jsonl"))
+    for history in histories(learned, list(map(str, learned.dataset.user_ids)))[:5]:
+        listed = after.recommend([history], k=10**6, fallback="none")[0]
+        place = before.place(history, "amber lamp", "river")
+        assert listed[place.rank - 1].item == "new"
+        assert place.score == pytest.approx(listed[place.rank - 1].score, rel=1e-3)
+
+
+def agree(lists, expected) -> bool:
+    """Return whether nearly all lists of items are the same: rounding may move an item whose parts' places are ties."""
+    same = [
+        [item for item, *_ in own] == [entry.item for entry in other]
+        for own, other in zip(lists, expected, strict=True)
+    ]
+    return sum(same) >= 0.9 * len(same)
+
+
+@pytest.mark.slow
+def test_a_damaged_order_of_an_export_is_refused_with_its_file(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "served")
+    (copy / "order.npz").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"order\.npz was altered: .*rarec export"):
+        Client(copy)
 
 
 @pytest.mark.slow

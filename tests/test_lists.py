@@ -8,7 +8,8 @@ import pytest
 
 from rarec.evaluation.lists import ListMetrics, distance, novelty, self_information
 from rarec.evaluation.results import LIST_METRICS, LISTED, headline_metrics
-from rarec.ranking import EvalBatch, VectorRanker, rank_users
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import VectorRanker, rank_users
 from rarec.storage.files import read_json
 from tests.test_prepare import make, write
 

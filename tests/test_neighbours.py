@@ -31,7 +31,8 @@ from rarec.errors import UserError
 from rarec.neighbours import base
 from rarec.neighbours.base import SCHEMA, TABLE, NeighbourModel, batch_of, read_table, write_table
 from rarec.neighbours.counting import read_training_log
-from rarec.ranking import EvalBatch, NeighbourRanker
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import NeighbourRanker
 from rarec.stages.run import Run
 from tests.engines import needs_spark, on
 

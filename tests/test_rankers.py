@@ -11,8 +11,8 @@ from scipy.special import softmax
 from rarec.evaluation import fusion as late_fusion
 from rarec.evaluation.fusion import Fusion, Likelihood, ValidationLikelihood, fuse, maximise
 from rarec.evaluation.rows import pairs_of_interest
-from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, NeighbourRanker, VectorRanker, rank_users
-from rarec.ranking.rank import VectorScores, rank_scores
+from rarec.ranking.rank import EvalBatch, VectorScores, rank_scores
+from rarec.ranking.rankers import CachedRanker, FusedRanker, NeighbourRanker, VectorRanker, rank_users
 
 RNG = np.random.default_rng(0)
 

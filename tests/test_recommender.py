@@ -26,7 +26,7 @@ from rarec.config import VARIANTS
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.models.build import save_weights
-from rarec.ranking import EvalBatch
+from rarec.ranking.rank import EvalBatch
 from rarec.stages.run import Run
 from rarec.storage.artefacts import read_manifest
 from rarec.storage.directories import MARKER

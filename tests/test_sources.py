@@ -240,7 +240,9 @@ def test_identity_follows_contents_not_paths(dataset, files):
 def test_identity_of_a_trained_source_is_its_recipe(dataset, files):
     stage = ids_stage("id", Ids(sasrec=SasRecConfig(dim=8)), dataset, Path("out"), seed=5)
     assert (stage.settings()["seed"], stage.settings()["users"]["dim"], stage.outside_inputs()) == (5, 8, {})
-    assert set(stage.inputs()) == {"prepare"}
+    assert set(stage.inputs()) == {"prepare", "start"}  # it goes on from the ID model of the older half
+    alone = ids_stage("id", Ids(sasrec=SasRecConfig(dim=8), holdout=0.0), dataset, Path("out"), seed=5)
+    assert set(alone.inputs()) == {"prepare"}
     imported = Ids(model="import", imported=Import(items="items.npy", item_ids="ids.txt"))
     assert ids_stage("id", imported, dataset, Path("out"), seed=5).settings()["users"]["kind"] == "rule"
 

@@ -10,7 +10,7 @@ import pytest
 
 from rarec.entry import open_run
 from rarec.ids.source import Source
-from rarec.ranking import EvalBatch
+from rarec.ranking.rank import EvalBatch
 from tests.datasets import by_hand
 from tools import tune
 

@@ -27,9 +27,9 @@ from rarec.evaluation.fusion import fuse
 from rarec.evaluation.results import ALL_CHEAP
 from rarec.ids.source import Source, open_source
 from rarec.ids.validation import CHUNK
-from rarec.ranking import EvalBatch, Ranker, VectorRanker, rank_users
 from rarec.ranking.metrics import mean_intervals, metric_values
-from rarec.ranking.rankers import Ranks
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import Ranker, Ranks, VectorRanker, rank_users
 from rarec.stages.run import Run
 
 METRICS = ("hr@10", "ndcg@10", "hr@100", "ndcg@100")

@@ -164,7 +164,7 @@ class BaseRecommender(ABC):
         """Return what a vector index is searched with, (B, F); (B, K, F) where the best of K scores counts.
 
         The inner product with an item's `values` in the tables of `rarec export BUNDLE --to vectors` is the score of
-        this row without its neighbour tables; `rerank` adds them.
+        this row without its neighbour tables; `rerank` adds them, and a learned order.
 
         Raises:
             UserError: there is no history, or this row has no vectors.
@@ -193,6 +193,8 @@ class BaseRecommender(ABC):
     def explain(self, history: History, item: Id, k: int = 3) -> Explanation:
         """Return the evidence for an item after a history: each part's share of the score, the k nearest items.
 
+        Shares are compared with those of the average item.
+
         Raises:
             UserError: k is not positive, or the item is not in the catalogue.
         """
@@ -200,16 +202,10 @@ class BaseRecommender(ABC):
         check_k(k)
         (rows,), _ = self.rules.rows([history])
         row = int(self._known([item])[0])
-        parts = self._row.parts
-        shares = {  # compared with the average item
-            parts[name].title: parts[name].weight * float(scores_N[row] - scores_N.mean())
-            for name, scores_N in self._row.fused(self._part_scores(rows)).items()
-        }
+        shares_NP = self._row.shares(self.queries([rows])[0], rows)
+        titles = (part.title for part in self._row.parts.values())
+        shares = dict(zip(titles, (shares_NP[row] - shares_NP.mean(0)).tolist(), strict=True))
         return Explanation(item, self.catalogue.titles[row], shares, self._nearest(rows, row, k))
-
-    def _part_scores(self, history: Rows) -> dict[str, Float32]:
-        """Return the scores of the catalogue by each part of the row alone, (N,) by name."""
-        return self._row.part_scores(self.queries([history])[0], history)
 
     def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
         """Return the items of a history that are most like another; none where there are no vectors."""
@@ -229,7 +225,7 @@ class BaseRecommender(ABC):
         check_k(k)
         (rows,), _ = self.rules.rows([history])
         best = {}
-        for name, scores_N in self._part_scores(rows).items():
+        for name, scores_N in self._row.part_scores(self.queries([rows])[0], rows).items():
             order = _order(scores_N, rows)[:k]
             best[self._row.parts[name].title] = self._listed(order, scores_N[order])
         return best
@@ -242,42 +238,42 @@ class BaseRecommender(ABC):
         """
         self.require("place")
         (rows,), _ = self.rules.rows([history])
-        new = self._score_of_new(rows, title, text)
-        scores = self._row.fused(self._part_scores(rows))
-        weighted = [self._row.parts[name].weight * scores_N for name, scores_N in scores.items()]
-        scores_N: Float32 = np.sum(weighted, axis=0, dtype=np.float32)
+        query_VF = self.queries([rows])[0]
+        shares_NP = np.vstack([self._row.shares(query_VF, rows), self._shares_of_new(query_VF, rows, title, text)])
+        *known, new = self._row.whole(shares_NP, rows).tolist()
+        scores_N = np.array(known, np.float32)
         order = _order(scores_N, rows)
         rank = int((scores_N[order] >= new).sum()) + 1
         beside = order[max(0, rank - 1 - around) : rank - 1], order[rank - 1 : rank - 1 + around]
         return Place(rank, len(order) + 1, new, *(self._listed(part, scores_N[part]) for part in beside))
 
-    def _score_of_new(self, history: Rows, title: str, text: str) -> float:
-        """Return the score that an item would have after a history if `rarec items add` had added it."""
-        vector_F = self._vector_of_new(title, text)
-        total = float((self.queries([history])[0] @ vector_F).max())
-        newest, weights, _ = newest_first([history], self._row.newest, self._row.decay)
-        for name, finder in self._new_items.items():
-            rows, scores = finder.neighbours_of(title, text)
-            near_N = np.zeros(len(self.items))
-            near_N[rows] = scores
-            total += self._row.parts[name].weight * float(score((weights * near_N[newest]).sum()))
-        return total
+    def _shares_of_new(self, query_VF: Float32, history: Rows, title: str, text: str) -> Float32:
+        """Return what each part would add to the score of an item if `rarec items add` had added it, (P,).
 
-    def _vector_of_new(self, title: str, text: str) -> Float32:
-        """Return an item's fused vector; what other parts do not know is predicted from the first's."""
-        own_Z = self.encode_new(title, text)
-        first, *others = self._row.parts.values()
-        assert first.vectors_NZ is not None  # the variant's
-        vector_Z = first.weight * own_Z
-        beside = list[Float32]()
-        for part in others:
+        A part that knows no new item has what is usual, and what is predicted from the first part.
+        """
+        (first, leading), *others = self._row.parts.items()
+        assert leading.vectors_NZ is not None  # the variant's
+        sizes = [part.vectors_NZ.shape[1] for part in self._row.dense.values() if part.vectors_NZ is not None]
+        queries = dict(zip(self._row.dense, np.split(query_VF, np.cumsum(sizes)[:-1], 1), strict=True))
+        scores = {first: float((queries[first] @ self.encode_new(title, text)).max())}
+        scores |= {name: self._near_new(finder, history, title, text) for name, finder in self._new_items.items()}
+        for name, part in others:
+            scores.setdefault(name, 0.0)
             if not part.knows_new:
-                apart_Z = own_Z - first.vectors_NZ[part.known_N].mean(0)
-                vector_Z = vector_Z + part.weight * part.slope * apart_Z
-            if part.vectors_NZ is not None:
-                mean_Z = part.vectors_NZ[part.known_N].mean(0)
-                beside.append(part.weight * (np.zeros_like(mean_Z) if part.knows_new else mean_Z))
-        return np.concatenate([vector_Z, *beside], dtype=np.float32)
+                usual = float((queries[first] @ leading.vectors_NZ[part.known_N].mean(0)).max())
+                scores[name] = part.slope * (scores[first] - usual)
+                if part.vectors_NZ is not None:
+                    scores[name] += float((queries[name] @ part.vectors_NZ[part.known_N].mean(0)).max())
+        return np.array([part.weight * scores[name] for name, part in self._row.parts.items()], np.float32)
+
+    def _near_new(self, finder: "NewItems", history: Rows, title: str, text: str) -> float:
+        """Return the score of a new item by a neighbour table."""
+        newest, weights, _ = newest_first([history], self._row.newest, self._row.decay)
+        rows, near = finder.neighbours_of(title, text)
+        near_N = np.zeros(len(self.items))
+        near_N[rows] = near
+        return float(score((weights * near_N[newest]).sum()))
 
     def sample_user(self, length: int = 5) -> list[int]:
         """Return the item rows of a user who might be: a popular item, then neighbours of those before."""

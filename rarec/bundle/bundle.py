@@ -46,7 +46,7 @@ from rarec.evaluation.results import LEARNED
 from rarec.ids.source import BIAS, INNER, LEFT, MAPPED_ITEMS, MATRIX, Source, users_of
 from rarec.models.build import ALIGNMENT, LORA_WEIGHTS, SourceShape
 from rarec.neighbours.base import read_table
-from rarec.ranking.learned import LearnedOrder
+from rarec.ranking.order import LearnedOrder
 from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.storage.files import open_file
 

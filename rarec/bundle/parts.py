@@ -29,9 +29,9 @@ from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder, text_vectors
 from rarec.models.language_model import LoadedModel, load_model, without_adapter
 from rarec.prompts import PromptPair
-from rarec.ranking import EvalBatch, FusedRanker, NeighbourRanker, Ranker, Scores, VectorRanker
 from rarec.ranking.learned import LearnedRanker
-from rarec.ranking.rank import VectorScores
+from rarec.ranking.rank import EvalBatch, Scores, VectorScores
+from rarec.ranking.rankers import FusedRanker, NeighbourRanker, Ranker, VectorRanker
 from rarec.storage.artefacts import differences
 
 RowsOfUsers = Sequence[npt.NDArray[np.integer]]
@@ -187,7 +187,7 @@ class Parts:
         model: the variant around its language model.
         rankers: the parts of the row that is served, by name.
         row: that is served.
-        ranker: of the row, but for a learned order.
+        ranker: of the row, before a learned order.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Parts:
             compared=next((name for name in (variant, "id") if name in parts), None),
             untitled=facts["tables"]["items"]["untitled"],
             top=rule["top"],
-            is_learned=self.bundle.order is not None,
+            order=self.bundle.order,
         )
 
     @property
@@ -333,7 +333,8 @@ class DenseForm(Ranker):
     ) -> list[tuple[Rows, Float32]]:
         """Return each user's k best new items among candidates and what the neighbour tables list, with their scores.
 
-        They are the best of the catalogue if the candidates hold the k + seen items of the largest inner product.
+        They are the best of the catalogue if the candidates hold the k + seen items of the largest inner product; with
+        a learned order, the 200 + seen.
 
         Args:
             users: as `users` returns them.
@@ -346,8 +347,10 @@ class DenseForm(Ranker):
         for user, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
             near_1N = near_BN[[user]]
             among = np.setdiff1d(np.concatenate([rows, near_1N.indices]).astype(np.int64), history)
-            scores = (self.items_NF[among] @ users[user].T).max(1)
-            scores = scores + near_1N[:, among].toarray().ravel()
+            if self.row.order is None:
+                scores = (self.items_NF[among] @ users[user].T).max(1) + near_1N[:, among].toarray().ravel()
+            else:
+                scores = self.row.whole(self.row.shares(users[user], history), history)[among]
             order = np.lexsort((among, -scores))[:k]
             best.append((among[order], scores[order].astype(np.float32)))
         return best

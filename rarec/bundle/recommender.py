@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rarec.bundle.base_recommender import BaseRecommender, NotOffered
+from rarec.bundle.base_recommender import BaseRecommender
 from rarec.bundle.bundle import MODEL, Bundle, Float32, Rows
 from rarec.bundle.parts import Parts
 from rarec.bundle.recommended import History, Id, Recommendations
@@ -48,9 +48,6 @@ class Recommender(BaseRecommender):
         self.parts = Parts(bundle, llm=llm, batch_size=batch_size, world=World(device=_device(device)))
         super().__init__(self.parts.row, bundle.catalogue, bundle.date)
         self.text_vectors = self.parts.model.text_vectors
-        if bundle.order is not None:
-            problem = f"{self.row} has a learned order, in which no new item has a place before it is added"
-            self.missing = {"place": NotOffered(problem, "export the row without +learned")}
 
     def best(self, plans: Sequence[Plan]) -> list[tuple[Rows, Float32]]:
         """See `BaseRecommender`."""
@@ -88,7 +85,8 @@ class Recommender(BaseRecommender):
     def rerank(self, histories: Sequence[History], candidates: Sequence[Sequence[Id]], k: int = 10) -> Recommendations:
         """Return each user's k best new items among candidates, such as a vector index finds, and the neighbours.
 
-        With the k + len(history) best by inner product as candidates, these are the k best of the catalogue.
+        With the k + len(history) best by inner product as candidates, these are the k best of the catalogue. A learned
+        order takes the 200 + len(history) best.
 
         Args:
             histories: ids of items, oldest first.

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from rarec.bundle.recommended import Catalogue
 from rarec.config.neighbours import built_in
 from rarec.errors import UserError
-from rarec.neighbours.scores import known, predicted, table_scores
+from rarec.neighbours.scores import known, part_scores, predicted, shares
+from rarec.ranking.order import LearnedOrder, reordered
 
 if TYPE_CHECKING:
     from rarec.neighbours.base import NewItems, TextVectors
@@ -71,7 +72,7 @@ class Row:
         compared: name of the part by whose vectors items are compared, if there is one.
         untitled: the text that replaces a missing title.
         top: number of neighbours that a table keeps of each item.
-        is_learned: whether the best items are in a learned order, which scores of no vectors have.
+        order: that the best items are in, if it was learned; tables of vectors have the scores before it.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Row:
     compared: str | None
     untitled: str = ""
     top: int = 0
-    is_learned: bool = False
+    order: LearnedOrder | None = None
 
     @cached_property
     def dense(self) -> dict[str, Part]:
@@ -145,8 +146,6 @@ class Row:
             problem = "this row has no vectors: no table of vectors has its scores"
         elif any((weight_N < 0).any() for weight_N in self.table_weights.values()):
             problem = "this row lowers the score of items by their neighbours: no table has its scores"
-        elif self.is_learned:
-            raise UserError(f"{self.name} has a learned order, which no table has", "export the row without +learned")
         if problem:
             raise UserError(problem, "export a row with a variant: VARIANT+id")
 
@@ -164,24 +163,16 @@ class Row:
             query_VF: vectors of the user.
             history: item rows, oldest first.
         """
-        scores = dict[str, Float32]()
-        start = 0
-        for name, part in self.parts.items():
-            if part.vectors_NZ is None:
-                scores[name] = table_scores(self.tables[name], history, self.newest, self.decay)
-            else:
-                end = start + part.vectors_NZ.shape[1]
-                scores[name] = np.einsum("nz,vz->nv", part.vectors_NZ, query_VF[:, start:end]).max(1)
-                start = end
-        return scores
+        return part_scores(self.parts, self.tables, query_VF, history, self.newest, self.decay)
 
-    def fused(self, scores: Mapping[str, Float32]) -> dict[str, Float32]:
-        """Return the scores of the parts, with those that are predicted for the items that a part lacks."""
-        first = next(iter(self.parts))
-        fused = dict(scores)
-        for name, (part, lacking_N) in self._lacking.items():
-            fused[name] = scores[name] + predicted(scores[first], lacking_N, part.slope, lists=first in self.tables)
-        return fused
+    def shares(self, query_VF: Float32, history: Rows) -> Float32:
+        """Return what each part adds to the score of each item, (N, P); arguments as of `part_scores`."""
+        return np.stack(list(shares(self.parts, self.part_scores(query_VF, history)).values()), 1)
+
+    def whole(self, shares_NP: Float32, history: Rows) -> Float32:
+        """Return the scores of items from what each part adds to them, in the row's order, (N,)."""
+        whole_N: Float32 = shares_NP.sum(1, dtype=np.float32)
+        return whole_N if self.order is None else reordered(self.order, shares_NP, history)
 
     def neighbours(self, item: int) -> Rows:
         """Return the items that are bought with one, best first, by a table of the row; none where it has none."""

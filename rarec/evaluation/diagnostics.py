@@ -29,7 +29,7 @@ from rarec.models.encode import Encoder, text_batch
 from rarec.models.llm_attention import slot_shares
 from rarec.models.towers import RaRec, SideBatch, Tower, Vectors, side_batch
 from rarec.prompts import Encoded, TextTokenizer
-from rarec.ranking import EvalBatch
+from rarec.ranking.rank import EvalBatch
 
 SAMPLE_SIZE = 256
 """Most items, and most users: chance moves CKA by less than .01 then, and the passes take little time."""

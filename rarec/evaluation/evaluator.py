@@ -19,8 +19,10 @@ from rarec.evaluation.learned import FEWEST, examples_of, learn
 from rarec.evaluation.lists import ListMetrics
 from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, LEARNED, LISTED, ORACLE, WITHOUT, part_title
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
-from rarec.ranking import CachedRanker, EvalBatch, FusedRanker, NeighbourRanker, Ranker, VectorRanker, rank_users
-from rarec.ranking.learned import CANDIDATES, LearnedRanker
+from rarec.ranking.learned import LearnedRanker
+from rarec.ranking.order import CANDIDATES
+from rarec.ranking.rank import EvalBatch
+from rarec.ranking.rankers import CachedRanker, FusedRanker, NeighbourRanker, Ranker, VectorRanker, rank_users
 from rarec.storage.files import write_json
 
 Ranks = dict[str, npt.NDArray[np.int64]]

@@ -26,7 +26,7 @@ from rarec.data.dataset import PreparedDataset
 from rarec.data.tables import read_columns
 from rarec.errors import UserError
 from rarec.evaluation.results import EXTERNAL
-from rarec.ranking import EvalBatch
+from rarec.ranking.rank import EvalBatch
 
 Int64 = npt.NDArray[np.int64]
 FORMS = "`user, rank` or `user, item, score`"

@@ -17,8 +17,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from rarec.ranking import EvalBatch, FusedRanker, Ranker, Scores
-from rarec.ranking.rank import largest
+from rarec.ranking.rank import EvalBatch, Scores, largest
+from rarec.ranking.rankers import FusedRanker, Ranker
 
 COMPARED_USERS = 64
 FLAT = 1e-5

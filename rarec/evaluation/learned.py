@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarec.ranking import EvalBatch, FusedRanker
-from rarec.ranking.learned import Candidates, LearnedOrder, candidates_of
-from rarec.ranking.rank import Rows
+from rarec.ranking.learned import candidates_of
+from rarec.ranking.order import Candidates, LearnedOrder
+from rarec.ranking.rank import EvalBatch, Rows
+from rarec.ranking.rankers import FusedRanker
 
 HIDDEN, EPOCHS, RATE, USERS_OF_A_STEP = 32, 5, 3e-3, 64
 """Twice the hidden units or the epochs, and gradient-boosted trees (LambdaMART, 15 or 31 leaves), are no better on

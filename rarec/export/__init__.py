@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 KIND = "served"
 """Of the manifest of a folder that holds targets."""
-CATALOGUE, TABLES = "catalogue.parquet", "parts.npz"
-"""Files of `--to onnx`: the items; and of each part `NAME/vectors` (N, Z) and `NAME/lacking` (N,)."""
+CATALOGUE, TABLES, ORDER = "catalogue.parquet", "parts.npz", "order.npz"
+"""Files of `--to onnx`: the items; of each part `NAME/vectors` (N, Z) and `NAME/lacking` (N,); a learned order."""
 ITEM, TOKENIZER = "item.onnx", "tokenizer.json"
 AGAIN = "write it again: rarec export BUNDLE --to onnx --to faiss"
 """Remedy for a folder that a service or a client by ONNX Runtime cannot use."""

@@ -28,7 +28,8 @@ from rarec.export import Target, raise_if_far
 from rarec.models.backbone import FrozenBackbone
 from rarec.neighbours.base import SCHEMA, pairs_of
 from rarec.neighbours.scores import factor_of_sums
-from rarec.ranking import EvalBatch
+from rarec.ranking.order import CANDIDATES
+from rarec.ranking.rank import EvalBatch
 from rarec.storage.artefacts import MANIFEST, read_manifest, write_sealed
 from rarec.storage.files import read_json, write_json
 
@@ -89,12 +90,16 @@ class ExactLists:
             queries: approximate vectors of the users, (B, V, F); the exact ones by default.
         """
         form, scores = self.parts.dense, self.parts.scored(self.histories)
+        learned = form.row.order is not None
+        depth = CANDIDATES if learned else K
         shares = []
         for user, query in enumerate(self.queries if queries is None else queries):
             history = self.histories[user]
-            found = search(np.ascontiguousarray(query), min(len(form.items_NF), K + len(history)))
+            found = search(np.ascontiguousarray(query), min(len(form.items_NF), depth + len(history)))
             ((rows_K, _),) = form.best(query[None], [history], [np.unique(found[found >= 0])], K)
-            scores_N = scores.block(slice(user, user + 1))[0].numpy()
+            one = slice(user, user + 1)  # a learned order by the same arithmetic as the list: it reads places
+            shares_NP = form.row.shares(self.queries[user], history)
+            scores_N = form.row.whole(shares_NP, history) if learned else scores.block(one)[0].numpy()
             scores_N[history] = -np.inf
             best_K = np.sort(scores_N)[::-1][:K]
             best_K = best_K[best_K > -np.inf]

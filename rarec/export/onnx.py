@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rarec.bundle.bundle import MODEL
 from rarec.bundle.parts import Parts, sample_histories
 from rarec.config.neighbours import built_in
-from rarec.export import CATALOGUE, ITEM, TABLES, TOKENIZER, Target, raise_if_far
+from rarec.export import CATALOGUE, ITEM, ORDER, TABLES, TOKENIZER, Target, raise_if_far
 from rarec.export.formats import ExactLists, K, add_facts
 from rarec.export.graphs import ItemGraph, QueryGraph, difference, run_graph, write_graph
 from rarec.models.build import slots_reserved
@@ -23,6 +23,7 @@ from rarec.models.towers import side_batch
 from rarec.neighbours import scores
 from rarec.prompts import Encoded, PromptPair, lay_out
 from rarec.prompts.hybrid import Marks
+from rarec.ranking import order
 
 Float32 = npt.NDArray[np.float32]
 QUERY, INT8, TITLES = "query.onnx", "query.int8.onnx", "titles.parquet"
@@ -78,9 +79,10 @@ class Onnx(Target):
 
 
 def copy_client(directory: Path) -> None:
-    """Copy the client into a folder, and the formula that it shares with rarec."""
+    """Copy the client into a folder, and the formulas that it shares with rarec."""
     copy_beside(directory, CLIENT)
-    shutil.copyfile(scores.__file__, directory / "rarec_scores.py")
+    for path in (Path(scores.__file__), Path(order.__file__)):
+        shutil.copyfile(path, directory / f"rarec_{path.name}")
 
 
 def copy_beside(directory: Path, *names: str) -> None:
@@ -100,6 +102,8 @@ def _write_parts(parts: Parts, item: Mapping[str, Any] | None, directory: Path) 
         tables |= {f"{name}/{field}": table for field, table in given.items() if table is not None}
         facts[name] = {key: getattr(part, key) for key in ("title", "weight", "slope", "knows_new")}
     np.savez(directory / TABLES, **tables)
+    if row.order is not None:
+        np.savez(directory / ORDER, **vars(row.order))
     return {
         "parts": facts,
         "compared": row.compared,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered, Rows
@@ -52,10 +51,7 @@ class OnnxRecommender(BaseRecommender):
 
     def _read_row(self, name: str) -> Row:
         facts, client = self._facts["parts"], self._client
-        own: dict[str, npt.NDArray[Any]] = {}
-        if facts:
-            with np.load(client.checked(TABLES), allow_pickle=False) as tables:
-                own = dict(tables)
+        own = client.arrays(TABLES) if facts else {}
         parts = {
             name: Part(**part, vectors_NZ=own.get(f"{name}/vectors"), lacking_N=own.get(f"{name}/lacking"))
             for name, part in facts.items()
@@ -63,7 +59,7 @@ class OnnxRecommender(BaseRecommender):
         exported = {name: client.tables[name] for name in parts if name in client.tables}
         rule: Mapping[str, Any] = next(iter(self._facts.get("words", {}).values()), {})
         row = Row(name, parts, exported, client.facts["newest"], client.facts["decay"], self._facts["compared"], **rule)
-        return replace(row, tables={name: self._own_table(row, name) for name in exported})
+        return replace(row, tables={name: self._own_table(row, name) for name in exported}, order=client.order)
 
     def _own_table(self, row: Row, name: str) -> Table:
         """Return a neighbour table with its own scores, which are scaled in the client's where it predicts others."""

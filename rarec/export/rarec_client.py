@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -11,10 +12,12 @@ import numpy as np
 import onnxruntime
 import pyarrow.parquet as pq
 
-try:
-    from rarec_scores import table_scores  # the copy in an exported folder
+try:  # the copies in an exported folder
+    from rarec_order import LearnedOrder, reordered
+    from rarec_scores import part_scores, shares, table_scores
 except ImportError:
-    from rarec.neighbours.scores import table_scores
+    from rarec.neighbours.scores import part_scores, shares, table_scores
+    from rarec.ranking.order import LearnedOrder, reordered
 
 BATCH = 32
 
@@ -37,8 +40,8 @@ class Client:
     def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx", batch: int = BATCH) -> None:
         self.folder = Path(folder)
         self.files = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        if "rarec_scores.py" in self.files:  # earlier exports have none
-            self.checked("rarec_scores.py")
+        for name in {"rarec_scores.py", "rarec_order.py"} & set(self.files):  # earlier exports have none
+            self.checked(name)
         self.threads, self.batch = threads, batch
         self.graph = self.session(graph)
         self.facts = json.loads(Path(self.checked("client.json")).read_text(encoding="utf-8"))
@@ -51,6 +54,8 @@ class Client:
         self.tables = {name: self._table(f"neighbours/{name}.parquet") for name in self.facts["neighbours"]}
         texts = pq.read_table(self.checked("titles.parquet")).combine_chunks() if self.prompt["most"] else None
         lists = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
+        self.order = LearnedOrder(**self.arrays("order.npz")) if "order.npz" in self.files else None
+        self.parts = self._parts() if self.order else {}
         self.pieces = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in lists.items()}
 
     def checked(self, name: str) -> str:
@@ -74,6 +79,19 @@ class Client:
                 self.checked(name)
         return onnxruntime.InferenceSession(self.checked(graph), options, providers=["CPUExecutionProvider"])
 
+    def arrays(self, name: str) -> dict[str, Any]:
+        """Return the arrays of a file by name."""
+        with np.load(self.checked(name), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def _parts(self) -> dict[str, Any]:
+        """Return the single parts of the fusion, whose shares of a score a learned order reads."""
+        own, parts = self.arrays("parts.npz"), self.facts["recommender"]["parts"]
+        return {
+            name: SimpleNamespace(**part, vectors_NZ=own.get(f"{name}/vectors"), lacking_N=own.get(f"{name}/lacking"))
+            for name, part in parts.items()
+        }
+
     def _table(self, name: str) -> tuple[Any, Any, Any]:
         """Return a neighbour table by item: where the item's neighbours begin and end, all neighbours, their scores."""
         rows, neighbours, scores = (column.to_numpy() for column in pq.read_table(self.checked(name)).columns)
@@ -96,20 +114,28 @@ class Client:
 
     def best(self, query: Any, history: list[int], k: int, hidden: Any, among: Any = None) -> list[tuple[int, float]]:
         """Return rows and scores of a user's k best items, without the hidden ones, of all items or among some rows."""
-        near = self.near(history)
-        if among is None and self.vectors is None:  # of an index that finds some of the best alone
-            _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
-            among = np.union1d(found[found >= 0], np.flatnonzero(near))
         rows: Any = slice(None) if among is None else among
-        vectors = self.index.reconstruct_batch(rows) if self.vectors is None else self.vectors[rows]
         scores = np.full(len(self.ids), -np.inf, np.float32)
-        # not `@`: for one user, to wake BLAS's other threads takes several times as long as this
-        scores[rows] = np.einsum("nf,kf->nk", vectors, query).max(1) + near[rows]
+        if self.order:
+            scores[rows] = self.in_order(query, history)[rows]
+        else:
+            near = self.near(history)
+            if among is None and self.vectors is None:  # of an index that finds some of the best alone
+                _, found = self.index.search(query, min(self.index.ntotal, k + len(set(hidden))))
+                rows = np.union1d(found[found >= 0], np.flatnonzero(near))
+            vectors = self.index.reconstruct_batch(rows) if self.vectors is None else self.vectors[rows]
+            # not `@`: for one user, to wake BLAS's other threads takes several times as long as this
+            scores[rows] = np.einsum("nf,kf->nk", vectors, query).max(1) + near[rows]
         scores[hidden] = -np.inf
         least = np.partition(scores, -k)[-k] if k < len(scores) else -np.inf
         best = np.flatnonzero((scores >= least) & (scores > -np.inf))
         best = best[np.lexsort((best, -scores[best]))][:k]
         return list(zip(best.tolist(), scores[best].tolist(), strict=True))
+
+    def in_order(self, query: Any, history: list[int]) -> Any:
+        """Return the score of each item where the best are in a learned order, (N,)."""
+        scores = part_scores(self.parts, self.tables, query, history, self.facts["newest"], self.facts["decay"])
+        return reordered(self.order, np.stack(list(shares(self.parts, scores).values()), 1), history)
 
     def near(self, history: list[int]) -> Any:
         """Return what the neighbour tables add to the score of each item, (N,)."""

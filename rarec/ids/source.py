@@ -21,7 +21,7 @@ from torch import Tensor
 from rarec.config.ids import RECIPES, Recipe
 from rarec.errors import UserError
 from rarec.ids.models import SequenceModel, build, pad
-from rarec.ranking import VectorRanker
+from rarec.ranking.rankers import VectorRanker
 from rarec.storage.artefacts import read_manifest, sha256_json
 
 Floats = npt.NDArray[np.float32]

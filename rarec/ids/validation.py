@@ -12,9 +12,8 @@ from rarec.errors import UserError
 from rarec.ids.models import SequenceModel
 from rarec.ids.source import Floats, UserVectors, ranker_of
 from rarec.ids.table import ItemTable
-from rarec.ranking import EvalBatch
 from rarec.ranking.metrics import validation_metrics
-from rarec.ranking.rank import VectorScores, rank_scores
+from rarec.ranking.rank import EvalBatch, VectorScores, rank_scores
 
 LIMIT = 10_000
 """Users, a fixed random subset: with this many, NDCG@100 is known to better than 0.003."""

@@ -19,7 +19,7 @@ from rarec.models.backbone import FrozenBackbone
 from rarec.models.language_model import LoadedModel
 from rarec.models.towers import RaRec, SideBatch, Tower, Vectors, side_batch, title_vectors
 from rarec.prompts import Encoded, PromptPair, by_length, lay_out
-from rarec.ranking import VectorRanker
+from rarec.ranking.rankers import VectorRanker
 
 Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.integer]

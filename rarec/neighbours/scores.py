@@ -1,12 +1,13 @@
-"""The score of an item by a neighbour table, and of one that a model lacks: exported folders hold a copy of this file.
+"""The score of an item by a neighbour table, and by each part of a fusion: exported folders hold a copy of this file.
 
     score(i) = root of the sum over items j of the history of decay ** age(j) * table[j, i]
 
 The newest item has age 0. The root, because the sums are so skewed that few of them would decide the weights of a
-fusion. Shape letters: B histories, P items of all histories, N catalogue.
+fusion. Shape letters: B histories, P items of all histories, N catalogue, V vectors of a user, Z size of a part's
+vectors, F size of those of all parts, side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,51 @@ def predicted(first: Any, lacking: Any, slope: float, lists: bool) -> Any:
     """
     usual = 0.0 if lists else first[..., known(lacking)].mean(-1, keepdims=True)
     return slope * (first - usual) * lacking
+
+
+def part_scores(
+    parts: Mapping[str, Any], tables: Mapping[str, Any], query_VF: Any, history: Any, newest: int, decay: float
+) -> dict[str, Any]:
+    """Return the scores of the catalogue by each part of a fusion alone, (N,) by name.
+
+    Args:
+        parts: by name, each with `vectors_NZ`, its item vectors, or None of a neighbour table.
+        tables: the neighbour tables by name; see `table_scores`.
+        query_VF: vectors of the user, those of the parts side by side; the best counts.
+        history: item rows, oldest first.
+        newest: see `newest_first`.
+        decay: see `newest_first`.
+    """
+    scores = {}
+    start = 0
+    for name, part in parts.items():
+        if part.vectors_NZ is None:
+            scores[name] = table_scores(tables[name], history, newest, decay)
+        else:
+            end = start + part.vectors_NZ.shape[1]
+            # not `@`: for one user, to wake BLAS's other threads takes several times as long as this
+            scores[name] = np.einsum("nz,vz->nv", part.vectors_NZ, query_VF[:, start:end]).max(1)
+            start = end
+    return scores
+
+
+def shares(parts: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what each part of a fusion adds to the score of each item, (N,) by name.
+
+    Args:
+        parts: by name, each with `vectors_NZ`, `lacking_N` (marks of the items that it lacks, or None), `weight`,
+            `slope`.
+        scores: see `part_scores`; of the items that a part lacks, more is predicted.
+    """
+    first = next(iter(parts))
+    added = {}
+    for name, part in parts.items():
+        added[name] = scores[name]
+        if name != first and part.lacking_N is not None and part.lacking_N.any():
+            lists = parts[first].vectors_NZ is None
+            added[name] = scores[name] + predicted(scores[first], part.lacking_N, part.slope, lists)
+        added[name] = part.weight * added[name]
+    return added
 
 
 def factor_of_sums(weight: Any) -> Any:

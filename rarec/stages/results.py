@@ -20,7 +20,7 @@ from rarec.version import source
 
 if TYPE_CHECKING:
     from rarec.models.towers import RaRec
-    from rarec.ranking import Ranker
+    from rarec.ranking.rankers import Ranker
 
 
 class EvaluateStage(Stage):

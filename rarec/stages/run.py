@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rarec.models.language_model import LoadedModel
     from rarec.models.towers import RaRec
     from rarec.prompts import PromptPair
-    from rarec.ranking import NeighbourRanker
+    from rarec.ranking.rankers import NeighbourRanker
     from rarec.training.engines import Engine
 
 Say = Callable[[str], None]
@@ -366,7 +366,7 @@ class Run:
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
         from rarec.neighbours.base import TABLE, read_table
-        from rarec.ranking import NeighbourRanker
+        from rarec.ranking.rankers import NeighbourRanker
 
         config = self.config.neighbours
         table_NN = read_table(self.stage("neighbours", name).checked() / TABLE, self.dataset.n_items, self.scratch)

@@ -20,8 +20,8 @@ from rarec.models.build import aligned_blocks, slots_reserved, trained_parameter
 from rarec.models.initialise import Initialiser
 from rarec.models.losses import Objective
 from rarec.models.towers import RaRec
-from rarec.ranking import EvalBatch
 from rarec.ranking.metrics import validation_metrics
+from rarec.ranking.rank import EvalBatch
 from rarec.stages.run import Run
 from rarec.stages.shard_content import ITEM_STATES, TARGET_COUNTS
 from rarec.training.accelerator import build_accelerator
