@@ -284,10 +284,10 @@ class Evaluate(Section):
     fusion: bool = True
     """Add rows of late fusion: the variant's score plus the ID model's, by the weight that makes validation users'
     targets most likely."""
-    learned_users: NonNegative = 0
+    learned_users: NonNegative = 20_000
     """Add rows `+learned`: the 200 best items of each late fusion with the untrained baselines in an order that is
-    learned on so many validation users (docs/method.md, section 7); 0 adds none. Bundles of such a row are served by
-    PyTorch alone."""
+    learned on so many validation users (docs/method.md, section 7). 0 adds none, and neither do fewer than 500 users
+    who took one of these items."""
     batch_size: Positive = 128
     """Prompts in one forward pass."""
     resamples: Positive = 2000

@@ -89,8 +89,7 @@ class Evaluator:
         if self.config.evaluate.fusion:
             rankers |= self.cheap | self._fused(ALL_CHEAP, self.cheap)
             rankers |= self._fused(ID_ONLY + CHEAP, {**self.cheap, "id": self.ids})
-        self._rank_both(rankers)
-        self._rank_learned(ID_ONLY + CHEAP, rankers)
+        self._rank_both(rankers, ID_ONLY + CHEAP)
 
     def rank_variant(self, name: str, ranker_of: Callable[[bool], Ranker]) -> None:
         """Rank by a trained variant, alone and in fusions; the main one also in sanity checks.
@@ -108,8 +107,7 @@ class Evaluator:
         if evaluate.fusion:
             rankers |= self._fused(name + FUSED, {name: ranker, "id": self.ids})
             rankers |= self._fused(name + FUSED + CHEAP, parts)
-        self._rank_both(rankers)
-        self._rank_learned(name + FUSED + CHEAP, rankers)
+        self._rank_both(rankers, name + FUSED + CHEAP)
         if name == self.main and evaluate.fusion:
             self._rank(self.test, self._without_one(name + FUSED + CHEAP, parts))
         if name == self.main and evaluate.sanity_checks:
@@ -194,23 +192,24 @@ class Evaluator:
         self.fusions[row] = fusion.parts
         return {row: fusion.ranker}
 
-    def _rank_learned(self, row: str, rankers: Mapping[str, Ranker]) -> None:
-        """Rank by a learned order of a late fusion's best items, if one is asked for and can be learned.
+    def _learned(self, row: str, rankers: Mapping[str, Ranker]) -> dict[str, Ranker]:
+        """Return the row of a late fusion's best items in a learned order, if one is asked for and can be learned.
 
         A validation user is ranked by an order that was learned without a half of the validation users, this one in it.
         """
         fusion = rankers.get(row)
         if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker):
-            return
+            return {}
         targets = self.dataset.targets("validation", self.config.evaluate.learned_users, self.seed)
         examples = examples_of(fusion, EvalBatch.of(self.dataset, targets))
         validation = self.validation
         halves = [slice(half, None, 2) for half in range(2)]
         rest = [examples.without(validation.user_rows[half]) for half in halves]
         if (fewest := min(len(each.places_U) for each in rest)) < FEWEST:
-            few = f"{fewest:,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
-            self.say(f"{row}{LEARNED}: left out, since only {few} items; {FEWEST} are needed")
-            return
+            if row == ID_ONLY + CHEAP:
+                few = f"{fewest:,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
+                self.say(f"no learned order, since only {few} items; {FEWEST} are needed")
+            return {}
         ranks_U = np.zeros(len(validation.user_rows), np.int64)
         for half, each in zip(halves, rest, strict=True):
             own = EvalBatch(validation.user_rows[half], validation.histories[half], validation.targets[half])
@@ -219,12 +218,17 @@ class Evaluator:
         self.validation_ranks[row + LEARNED] = ranks_U
         self.fusions[row + LEARNED] = self.fusions[row]
         self.orders |= {f"{row + LEARNED}/{name}": np.asarray(array) for name, array in vars(order).items()}
-        self._rank(self.test, {row + LEARNED: LearnedRanker(fusion, order)}, LISTED)
+        return {row + LEARNED: LearnedRanker(fusion, order)}
 
-    def _rank_both(self, rankers: dict[str, Ranker]) -> None:
-        """Rank validation and test users by rows that can be deployed; describe the lists of the latter."""
+    def _rank_both(self, rankers: dict[str, Ranker], fusion: str) -> None:
+        """Rank validation and test users by rows that can be deployed; describe the lists of the latter.
+
+        Args:
+            rankers: by row.
+            fusion: the row whose best items are ordered anew.
+        """
         self.validation_ranks |= rank_users(self.validation, rankers, self.world)
-        self._rank(self.test, rankers, LISTED)
+        self._rank(self.test, rankers | self._learned(fusion, rankers), LISTED)
 
     def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker], top: int = 0) -> None:
         self.ranks |= rank_users(batch, rankers, self.world, top=top, listed=self.lists.add)
