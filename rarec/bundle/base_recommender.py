@@ -193,7 +193,7 @@ class BaseRecommender(ABC):
     def explain(self, history: History, item: Id, k: int = 3) -> Explanation:
         """Return the evidence for an item after a history: each part's share of the score, the k nearest items.
 
-        Shares are compared with those of the average item.
+        Shares are compared with those of the average item. A learned order goes by more than their sum.
 
         Raises:
             UserError: k is not positive, or the item is not in the catalogue.
