@@ -99,6 +99,17 @@ def test_only_what_the_id_model_was_not_trained_on_is_drawn(small: PreparedDatas
     assert {(int(user), int(at)) for user, at in kept} == {(0, 3), (1, 3)}
 
 
+def test_the_newest_of_what_the_id_model_was_not_trained_on_come_first(small: PreparedDataset) -> None:
+    """Of equally new ones some at random; each user may have the newest three of five."""
+
+    def drawn(wanted: int, seed: int) -> list[int]:
+        return sorted(at for _, at in pairs(select_samples(small, Shards(max_samples=wanted), seed, holdout=0.6)))
+
+    assert [drawn(wanted, 3) for wanted in (2, 3, 4, 5)] == [[4, 4], [3, 4, 4], [3, 3, 4, 4], [2, 3, 3, 4, 4]]
+    users = {tuple(pairs(select_samples(small, Shards(max_samples=1), seed, holdout=0.6))) for seed in range(20)}
+    assert users == {((0, 4),), ((1, 4),)}
+
+
 @given(
     titles=st.lists(st.lists(st.sampled_from("vwxyz"), max_size=3), min_size=4, max_size=8),
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),

@@ -181,7 +181,8 @@ class Shards(Section):
     popularity_buckets: Positive = 5
     """Number of buckets of items, for `diversify`."""
     share: Share = 1.0
-    """Largest share of all training samples to keep (the paper's headline: 6% [N])."""
+    """Largest share of all training samples to keep (the paper's headline: 6% [N]). Where `ids.holdout` is above 0, the
+    newest of each user come first."""
     max_samples: Count | None = None
     """Largest number of samples to keep, if fewer than the share has."""
     samples_per_shard: Count = 1024

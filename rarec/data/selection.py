@@ -3,8 +3,8 @@
 The samples are read twice, a block of users at a time: they are counted, and then drawn. So memory grows with the kept
 samples alone.
 
-Shape letters: S samples of a block, K kept samples, U users, N items, V values, G buckets of the grid, F fates of a
-sample, W distinct words, E word occurrences over interactions, I interactions.
+Shape letters: S samples of a block, K kept samples, U users, N items, V values, G buckets of the grid, A ages, F fates
+of a sample, W distinct words, E word occurrences over interactions, I interactions.
 """
 
 import unicodedata
@@ -63,8 +63,9 @@ def select_samples(
     """Select training samples.
 
     Denoising drops a sample if no earlier title of the user shares a word with the target's title. The share refers to
-    *all* training samples, is capped by `max_samples`, and is drawn from the remaining ones: evenly over the grid of
-    buckets, or uniformly if `diversify` is off. If fewer remain than that, all of them are kept.
+    *all* training samples, is capped by `max_samples`, and is drawn from the remaining ones. With `diversify` it is
+    drawn evenly over the grid of buckets. Else with a holdout the newest of each user come first, then those before:
+    they are most like what is recommended next. Else it is drawn uniformly. If fewer remain, all of them are kept.
 
     Args:
         dataset: prepared dataset.
@@ -79,7 +80,7 @@ def select_samples(
     if not (dataset.train_length_U > 1).any():
         raise UserError("no user has two training interactions, so there is no sample", "provide a larger log")
     samples = _Samples(dataset, config, holdout)
-    counts_FG = samples.count()
+    counts_FG, candidates_A = samples.count()
     candidates_G = counts_FG[CANDIDATE]
     noise = int(counts_FG[NOISE].sum())
     if not candidates_G.any():
@@ -88,9 +89,11 @@ def select_samples(
         raise UserError(problem, remedy)
     total = int(counts_FG.sum())
     wanted = min(max(1, round(config.share * total)), config.max_samples or total)
-    groups_G = candidates_G if config.diversify else candidates_G.sum(keepdims=True)
     rng = np.random.default_rng([seed, *b"shards"])
-    sampler = GroupSampler(groups_G, even_shares(groups_G, wanted, rng), rng)
+    if config.diversify:
+        sampler = GroupSampler(candidates_G, even_shares(candidates_G, wanted, rng), rng)
+    else:
+        sampler = GroupSampler(candidates_A, wanted - (np.cumsum(candidates_A) - candidates_A), rng)
     noise_sampler = GroupSampler(np.array([noise]), np.array([EXAMPLES]), np.random.default_rng([seed, *b"noise"]))
     users_K, positions_K, examples = _draw(samples, sampler, noise_sampler, config.diversify)
     order = rng.permutation(len(users_K))
@@ -108,7 +111,7 @@ def _draw(
     kept = []
     examples = []
     for block in samples.blocks():
-        groups_S = block.buckets_S if diversify else 0
+        groups_S = block.buckets_S if diversify else block.ages_S
         drawn = sampler.draw(np.where(block.fates_S == CANDIDATE, groups_S, -1))
         kept.append((block.users_S[drawn], block.positions_S[drawn]))
         shown = noise_sampler.draw(np.where(np.isin(block.fates_S, NOISE), 0, -1))
@@ -207,7 +210,7 @@ class GroupSampler:
     """
 
     def __init__(self, counts_G: Int64, shares_G: Int64, rng: np.random.Generator) -> None:
-        self._left_G, self._wanted_G, self._rng = counts_G.copy(), np.minimum(shares_G, counts_G), rng
+        self._left_G, self._wanted_G, self._rng = counts_G.copy(), np.clip(shares_G, 0, counts_G), rng
 
     def draw(self, groups_S: Int64) -> Int64:
         """Return which samples of the next block are drawn, in their order; those of group -1 never are."""
@@ -237,12 +240,14 @@ class _Block:
         users_S: rows of their users.
         positions_S: positions of the targets in the users' sequences.
         buckets_S: buckets of the grid.
+        ages_S: with a holdout the number of the user's training interactions after each; 0 without.
         fates_S: what happens to each before the draw.
     """
 
     users_S: Int32
     positions_S: Int32
     buckets_S: Int64
+    ages_S: Int64
     fates_S: npt.NDArray[np.integer]
 
 
@@ -264,18 +269,23 @@ class _Samples:
             if self._words_NW is not None:
                 fates_S[~self._shares_word(self._words_NW, users, len(users_S))] = NOTHING_SHARED
                 fates_S[np.diff(self._words_NW.indptr)[targets_S] == 0] = WORDLESS
+            ages_S = np.zeros(len(users_S), np.int64)
             if self._first_target_U is not None:
                 fates_S[positions_S < self._first_target_U[users_S]] = TRAINS_ID_MODEL
-            yield _Block(users_S, positions_S, self.grid.bucket(users_S, targets_S), fates_S)
+                ages_S += self.dataset.train_length_U[users_S] - 1 - positions_S
+            yield _Block(users_S, positions_S, self.grid.bucket(users_S, targets_S), ages_S, fates_S)
 
-    def count(self) -> Int64:
-        """Return the number of samples of each fate in each bucket."""
+    def count(self) -> tuple[Int64, Int64]:
+        """Return the number of samples of each fate in each bucket, and that of the candidates of each age."""
         shape = TRAINS_ID_MODEL + 1, self.grid.size
         counts_FG = np.zeros(shape, np.int64)
+        candidates_A = np.zeros(int(self.dataset.train_length_U.max()), np.int64)
         for block in self.blocks():
             cells_S = np.ravel_multi_index((block.fates_S, block.buckets_S), shape)
             counts_FG += np.bincount(cells_S, minlength=counts_FG.size).reshape(shape)
-        return counts_FG
+            ages_S = block.ages_S[block.fates_S == CANDIDATE]
+            candidates_A += np.bincount(ages_S, minlength=len(candidates_A))
+        return counts_FG, candidates_A
 
     def _shares_word(self, words_NW: csr_array, users: slice, samples: int) -> Mask:
         """Return True where the target's title shares a word with an earlier one."""
