@@ -71,9 +71,7 @@ class Client:
         """Return what runs a graph of the folder."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # else waiting takes half of the CPU time
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes half of the CPU time
         for name in self.files:
             if name.startswith(f"{graph}."):  # weights of a large graph
                 self.checked(name)
