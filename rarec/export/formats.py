@@ -97,9 +97,9 @@ class ExactLists:
             history = self.histories[user]
             found = search(np.ascontiguousarray(query), min(len(form.items_NF), depth + len(history)))
             ((rows_K, _),) = form.best(query[None], [history], [np.unique(found[found >= 0])], K)
-            one = slice(user, user + 1)  # a learned order by the same arithmetic as the list: it reads places
-            shares_NP = form.row.shares(self.queries[user], history)
-            scores_N = form.row.whole(shares_NP, history) if learned else scores.block(one)[0].numpy()
+            scores_N = scores.block(slice(user, user + 1))[0].numpy()
+            if learned:  # by the same arithmetic as the list: it reads places, which rounding may swap
+                scores_N = form.row.whole(form.row.shares(self.queries[user], history), history)
             scores_N[history] = -np.inf
             best_K = np.sort(scores_N)[::-1][:K]
             best_K = best_K[best_K > -np.inf]
