@@ -13,8 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rarec.config.ids import RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
-from rarec.config.schema import FOLD, OLDER
+from rarec.config.ids import FOLD, OLDER, RECIPES, ComiRecConfig, Gru4RecConfig, Ids, Recipe, SasRecConfig
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError

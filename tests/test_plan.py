@@ -210,7 +210,9 @@ def folded(draw: st.DrawFn) -> tuple[np.ndarray, Any, list[int]]:
     index_S["shard"] = np.repeat(np.arange(sum(shards)), sizes)
     index_S["tokens"] = draw(st.integers(1, 30)) + np.arange(len(index_S)) % 7
     train = Train(batch_size=draw(st.integers(2, 20)))
-    config = SimpleNamespace(sample_ids=["id"] * folds, run=SimpleNamespace(seed=draw(st.integers(0, 9))), train=train)
+    config = SimpleNamespace(
+        ids=SimpleNamespace(for_samples=["id"] * folds), run=SimpleNamespace(seed=draw(st.integers(0, 9))), train=train
+    )
     return index_S, config, draw(st.lists(st.integers(0, len(index_S) - 1), max_size=len(index_S) - 1))
 
 
@@ -222,7 +224,7 @@ def test_each_batch_is_of_one_part_of_the_users_and_a_run_goes_on_at_any_step(ma
     kept = set(range(len(index_S))) - set(excluded)
     assert sorted(number for batch in batches for number in batch) == sorted(kept)
     assert plan.samples == len(kept)
-    folds = len(config.sample_ids)
+    folds = len(config.ids.for_samples)
     assert all(len(set(index_S["user"][batch] % folds)) == 1 for batch in batches)
     assert max(map(len, batches)) <= config.train.batch_size
     assert min(map(len, batches)) == plan.smallest(epoch)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import rarec
-from rarec.config.schema import FOLD
+from rarec.config.ids import FOLD
 from rarec.entry import open_run
 from rarec.errors import UserError
 from rarec.ids.source import open_source

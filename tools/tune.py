@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rarec.config.schema import OLDER
+from rarec.config.ids import OLDER
 from rarec.console.last_resort import guarded
 from rarec.data.dataset import EvalTargets, PreparedDataset
 from rarec.entry import open_run

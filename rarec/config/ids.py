@@ -99,6 +99,8 @@ class ComiRecConfig(Recipe):
 RECIPES: dict[str, type[Recipe]] = {recipe.kind: recipe for recipe in (SasRecConfig, Gru4RecConfig, ComiRecConfig)}
 
 
+OLDER, FOLD = "id.older", "id.fold"
+"""Names of the ID models that samples read, the second with a number: see `Ids.folds`. No source can have a dot."""
 IMPORT = "import"
 """The value of `ids.model` for vectors from files."""
 IMPORTED_FILES = ("items", "item_ids", "users", "user_ids")
@@ -196,6 +198,13 @@ class Ids(Section):
         """The share of training interactions that is held out."""
         default = 0.5 if self.recipe else 0.0
         return default if self.holdout is None else self.holdout
+
+    @property
+    def for_samples(self) -> list[str]:
+        """Names of the ID models that samples read, one for each part of the users; `id` where nothing is held out."""
+        if not (self.held_out and self.recipe):
+            return ["id"]
+        return [f"{FOLD}{fold}" for fold in range(self.folds)] if self.folds > 1 else [OLDER]
 
 
 def _config_of(model: str) -> type[Recipe]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rarec.config.ids import IMPORTED_FILES, Ids, Import
+from rarec.config.ids import IMPORTED_FILES, OLDER, Ids, Import
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout, Variant, VariantName, variant_of
 from rarec.config.neighbours import Graph, Neighbours
 from rarec.config.section import (
@@ -36,8 +36,6 @@ from rarec.config.section import (
 
 MODEL_SECTIONS = ("llm", "prompt", "alignment", "readout", "loss", "train", "lora")
 """The sections that say what a bundle's model is."""
-OLDER, FOLD = "id.older", "id.fold"
-"""Names of the ID models that samples read, the second with a number: see `ids.folds`. No source can have a dot."""
 
 
 class RunSection(Section):
@@ -371,18 +369,10 @@ class RunConfig(Section):
         return {"id": self.ids, **({"graph": self.graph} if self.graph else {}), **self.sources}
 
     @property
-    def sample_ids(self) -> list[str]:
-        """Names of the ID models that samples read, one for each part of the users; `id` where nothing is held out."""
-        if not (self.ids.held_out and self.ids.recipe):
-            return ["id"]
-        return [f"{FOLD}{fold}" for fold in range(self.ids.folds)] if self.ids.folds > 1 else [OLDER]
-
-    @property
     def vectors_by_name(self) -> dict[str, Ids | Graph | Import]:
         """The section of everything that `rarec ids` makes, in its order: the sources, and the ID models of samples."""
-        apart = self.sample_ids != ["id"]
-        first = {OLDER: self.ids} if apart else {}
-        return {**first, **self.sources_by_name, **dict.fromkeys(self.sample_ids, self.ids)}
+        first = {OLDER: self.ids} if self.ids.for_samples != ["id"] else {}
+        return {**first, **self.sources_by_name, **dict.fromkeys(self.ids.for_samples, self.ids)}
 
     @property
     def variants(self) -> dict[str, Variant]:

@@ -4,9 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rarec.config.ids import IMPORTED_FILES, Ids, Import, Recipe
+from rarec.config.ids import FOLD, IMPORTED_FILES, OLDER, Ids, Import, Recipe
 from rarec.config.neighbours import Graph, Neighbours
-from rarec.config.schema import FOLD, OLDER
 from rarec.errors import UserError, redacted_setting
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
@@ -271,7 +270,7 @@ class ShardsStage(Stage):
         """
         config = self.run.config
         settings: dict[str, Any] = {"seed": config.run.seed, **config.sections("shards", "prompt")}
-        settings |= {"holdout": config.ids.held_out, "folds": len(config.sample_ids), "pool": config.readout.pool}
+        settings |= {"holdout": config.ids.held_out, "folds": len(config.ids.for_samples), "pool": config.readout.pool}
         settings |= {"instructions": config.alignment.instructions}
         del settings["shards"]["writers"]
         return settings
@@ -279,7 +278,7 @@ class ShardsStage(Stage):
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
         run = self.run
-        names = dict.fromkeys([*run.config.sample_ids, *run.config.sources_by_name])
+        names = dict.fromkeys([*run.config.ids.for_samples, *run.config.sources_by_name])
         sources = {f"ids/{name}": run.stage("ids", name) for name in names}
         return {"prepare": run.stage("prepare"), **sources}
 

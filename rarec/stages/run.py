@@ -270,7 +270,7 @@ class Run:
     @cached_property
     def sample_sources(self) -> "list[dict[str, Source]]":
         """The sources as the samples of each part of the users read them, with an `id` that has not seen them."""
-        names = self.config.sample_ids
+        names = self.config.ids.for_samples
         return [{**self.sources, "id": self._source(name)} if name != "id" else self.sources for name in names]
 
     @cached_property

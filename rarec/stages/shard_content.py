@@ -56,7 +56,7 @@ class ShardContent:
     def __init__(self, run: Run) -> None:
         self.run = run
         config = run.config
-        self.folds = len(config.sample_ids)
+        self.folds = len(config.ids.for_samples)
         self.selection = select_samples(run.dataset, config.shards, config.run.seed, config.ids.held_out, self.folds)
         users, positions = self.selection.user_rows, self.selection.positions
         self.total = len(users)

@@ -101,7 +101,7 @@ def plan_batches(index_S: IndexRows, config: RunConfig, slots: int, excluded: It
     Raises:
         UserError: see `ShardPlan`.
     """
-    folds, seed, train = len(config.sample_ids), config.run.seed, config.train
+    folds, seed, train = len(config.ids.for_samples), config.run.seed, config.train
     excluded_n = np.unique(np.fromiter(excluded, np.int64))
     users_S = index_S["user"]
     edges = [bisect_left(users_S, fold, key=lambda user: fold_of(user, folds)) for fold in range(folds)]
