@@ -26,7 +26,7 @@ SMALL = {
     "shards.share": 0.5,
     "train.variants": ["text_only", "per_layer"],
     "train.max_steps": 2,
-    "train.validation_users": 10,
+    "train.validation_users": 40,
     "evaluate.users": 10,
     "evaluate.sanity_checks": False,
     "evaluate.resamples": 50,

@@ -326,7 +326,7 @@ def test_an_index_says_what_it_finds(recommender, tmp_path, kind):
 def test_the_depth_of_a_search_is_what_finds_enough_or_the_one_that_is_given(kind):
     rng = np.random.default_rng(0)
     items, users = (rng.normal(size=(count, 24)).astype(np.float32) for count in (4000, 50))
-    row = Row("", {"": Part("", 1.0, 0.0, False, items, None)}, {}, 0, 1.0, None)
+    row = Row("", {"": Part("", 1.0, 0.0, items, None)}, {}, 0, 1.0, None)
     form = DenseForm(row, {"": VectorRanker(items, lambda rows, histories: users)})
     parts = SimpleNamespace(dense=form, scored=lambda histories: form.scored(unknown_users(histories)))
     exact = ExactLists(parts, [np.arange(user, user + 3) for user in range(50)], "users")

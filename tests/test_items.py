@@ -14,6 +14,7 @@ import rarec
 from rarec import cli_bundle
 from rarec.bundle.bundle import Bundle
 from rarec.bundle.items import columns_of, read_columns, remove_items
+from rarec.bundle.parts import unknown_users
 from rarec.bundle.write import next_version
 from rarec.config.schema import Prepare
 from rarec.data.preparation.inputs import table_location
@@ -75,20 +76,33 @@ def test_an_added_item_is_what_the_same_item_was_before_it_was_removed(run, bund
     assert rarec.load(again).item_vectors([item]) == pytest.approx(known.item_vectors([item]), abs=1e-5)
 
 
-def test_in_a_row_without_a_model_an_added_item_has_its_words_the_mean_vector_and_no_popularity(run, tmp_path):
-    """Neighbour tables that list it nowhere add nothing; nor does a user's mean of what they list."""
+def test_in_a_row_without_a_model_an_added_item_has_its_words_and_what_new_items_have(run, tmp_path):
+    """Its words have a weight of their own; what the parts that know no new item say adds nothing."""
     known = exported(run, tmp_path, "export.variant=id_only+cheap").directory("export")
     old, history = rarec.load(known), rarec.load(known).items[:4]
     title = old.bundle.catalogue.titles[1]
     added = rarec.load(add(known, f'item,title,brand\nalike,"{title}",\nother,zyzzyva,\n'))
     result = {entry.item: entry.score for entry in added.recommend([history], k=10**6, exclude_seen=False)[0]}
-    items_NE, weight = old.bundle.vectors["ids/id"], old.bundle.facts["parts"]["id"]["weight"]
-    users = old.parts.rankers["id"].users(np.zeros(1, int), [np.arange(4)])
-    assert result["other"] == pytest.approx(weight * float((items_NE.mean(0) @ users[0].T).max()), abs=1e-4)
-    assert result["alike"] > result["other"]
-    assert next(iter(added.parts.rankers)) == "lexical"  # whose score predicts those of parts that lack the items
-    of_ids = [added.explain(history, item).parts for item in ("alike", "other")]
-    assert of_ids[0] != of_ids[1]
+    parts = old.bundle.facts["parts"]
+    assert result["other"] == pytest.approx(parts["new"]["new_weight"], abs=1e-5)
+    words = parts["lexical"]["new_weight"] * added.parts.rankers["lexical"].scores(unknown_users([np.arange(4)]))[0]
+    assert result["alike"] == pytest.approx(result["other"] + words[-2], abs=1e-5)
+    alike, other = (added.explain(history, item).parts for item in ("alike", "other"))
+    assert {title for title in alike if alike[title] != other[title]} == {"similar words (TF-IDF)"}
+
+
+def test_an_evaluation_takes_the_vectors_for_new_items_that_an_added_item_gets(bundle):
+    """So the weights that are fitted there fit here."""
+    parts = rarec.load(bundle).parts
+    catalogue, rows = parts.bundle.catalogue, np.array([3, 0, 7])
+    titles, texts = ([column[row] for row in rows] for column in (catalogue.titles, catalogue.texts))
+    nothing = {name: np.zeros((len(rows), source.dim), np.float32) for name, source in parts.encoder.sources.items()}
+    added = parts.model.encode_new(titles, texts, nothing)
+    as_new = parts.encoder.ranker().as_new(rows)
+    assert as_new.items_NZ[rows] == pytest.approx(added, abs=1e-5)
+    known_N = ~np.isin(np.arange(len(as_new.items_NZ)), rows)
+    assert as_new.items_NZ[known_N] == pytest.approx(parts.encoder.items()[known_N], abs=1e-5)
+    assert np.abs(parts.encoder.items(rows) - added).max() > 1e-3
 
 
 def test_a_given_id_vector_is_taken(bundle, tmp_path):

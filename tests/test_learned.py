@@ -39,7 +39,12 @@ def table(scores_UN) -> VectorRanker:
 
 
 def fusion(*parts, weights=None) -> FusedRanker:
-    return FusedRanker(tuple(map(table, parts)), weights or (1.0,) * len(parts), (0.0,) * len(parts))
+    return FusedRanker(
+        tuple(map(table, parts)),
+        weights or (1.0,) * len(parts),
+        (0.0,) * len(parts),
+        np.zeros(np.shape(parts[0])[1], bool),
+    )
 
 
 def users(targets, histories=None) -> EvalBatch:
@@ -246,6 +251,11 @@ def test_a_new_item_would_stand_where_it_stands_when_it_is_added(learned, tmp_pa
         place = before.place(history, "amber lamp", "river")
         assert listed[place.rank - 1].item == "new"
         assert place.score == pytest.approx(listed[place.rank - 1].score, rel=1e-3)
+    write_targets(after, ["onnx", "faiss"], tmp_path / "served", say=lambda line: None)
+    everyone = histories(learned, list(map(str, learned.dataset.user_ids)))[:20]
+    listed = after.recommend(everyone, k=10, fallback="none")
+    for form in (OnnxRecommender(tmp_path / "served", after.row, threads=1), Client(tmp_path / "served", threads=1)):
+        assert agree(form.recommend(everyone, k=10), listed)
 
 
 def agree(lists, expected) -> bool:

@@ -9,10 +9,11 @@ from scipy.optimize import minimize, nnls
 from scipy.special import softmax
 
 from rarec.evaluation import fusion as late_fusion
-from rarec.evaluation.fusion import Fusion, Likelihood, ValidationLikelihood, fuse, maximise
+from rarec.evaluation.fusion import Fusion, Likelihood, ValidationLikelihood, fuse, maximise, pretended
 from rarec.evaluation.rows import pairs_of_interest
+from rarec.ranking.learned import candidates_of
 from rarec.ranking.rank import EvalBatch, VectorScores, rank_scores
-from rarec.ranking.rankers import CachedRanker, FusedRanker, NeighbourRanker, VectorRanker, rank_users
+from rarec.ranking.rankers import CachedRanker, FusedRanker, NeighbourRanker, Ranker, VectorRanker, rank_users
 
 RNG = np.random.default_rng(0)
 
@@ -59,76 +60,94 @@ def test_what_a_cached_ranker_keeps_holds_no_block(text):
     assert (first_BN == as_it_was_BN).all()
 
 
+def fused(parts: dict[str, Ranker], batch: EvalBatch) -> Fusion:
+    """Fuse parts that know all items, with none left out to fit weights of new ones."""
+    n_items = next(iter(parts.values())).scored(batch).n_items
+    return fuse(parts, batch, np.ones(n_items, int))
+
+
 def shares(fusion: Fusion) -> dict[str, float]:
-    return {name: fitted["share"] for name, fitted in fusion.parts.items()}
+    return {name: fitted["share"] for name, fitted in list(fusion.parts.items())[:-1]}
+
+
+def every_term(ranker: FusedRanker) -> list[tuple[int, np.ndarray]]:
+    """The parts of a fusion, standardised by its weights."""
+    return [(part, np.full(len(ranker.new_N), weight)) for part, weight in enumerate(ranker.weights)]
 
 
 @pytest.mark.parametrize("interests", [1, 4])
 def test_a_fused_score_is_the_sum_of_both(text, interests):
     ids = ranker(RNG.standard_normal((5, interests, 2)), RNG.standard_normal((7, 2)))
     batch = EvalBatch(np.arange(5), [np.array([], int)] * 5, np.zeros(5, int))
-    fused = FusedRanker((text, ids, text), (1.0, 0.7, 2.0), (1.0, 0.0, 0.0))
+    fused = FusedRanker((text, ids, text), (1.0, 0.7, 2.0), (0.0, 0.0, 0.0), np.zeros(7, bool))
     own_BN, others_BN = text.scores(batch), ids.scores(batch)
     assert np.allclose(fused.scores(batch), 3 * own_BN + 0.7 * others_BN, atol=1e-5)
 
 
-def test_an_item_that_the_id_model_does_not_know_has_the_score_that_the_variant_lets_expect():
-    """ID scores are 5 - 2 x the variant's, but item 3 has no vector: its score is the one on the same line."""
-    variant_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
-    id_N = 5 - 2 * variant_N
-    variant = ranker(np.ones((6, 1)), variant_N[:, None])
-    gapped = np.where(lacking_N, id_N[~lacking_N].mean(), id_N)
-    ids = replace(ranker(np.ones((6, 1)), gapped[:, None]), lacking_N=lacking_N)
+def test_new_items_have_weights_of_their_own_that_the_targets_follow():
+    """Known items are taken by ID scores, new ones by text scores three times as large, and all new ones more often."""
+    rng, users, items = np.random.default_rng(0), 4000, 30
+    new_N = np.arange(items) % 3 == 0
+    text_UN, id_UN = rng.standard_normal((2, users, items))
+    scores_UN = np.where(new_N, 0.9 * text_UN + 0.7, 0.3 * text_UN + 1.0 * id_UN)
     batch = EvalBatch(
-        np.arange(6), [np.array([], int)] * 6, np.full(6, 4)
-    )  # the lowest of the variant's: weight counts
-    fused = fuse({"variant": variant, "id": ids}, batch).ranker
-    assert fused.weights[1] > 0
-    assert np.allclose(fused.scores(batch), fused.weights[0] * variant_N + fused.weights[1] * id_N, atol=1e-5)
-
-
-def test_the_first_part_that_lacks_nothing_predicts_what_another_lacks():
-    """In any order: a part that lacks the item itself cannot predict it."""
-    text_N, lacking_N = np.array([1.0, 4.0, 7.0, 9.0, -3.0]), np.arange(5) == 3
-    line_N = 5 + 2 * text_N
-    text = ranker(np.ones((6, 1)), text_N[:, None])
-    gapped = replace(
-        ranker(np.ones((6, 1)), np.where(lacking_N, line_N[~lacking_N].mean(), line_N)[:, None]), lacking_N=lacking_N
+        np.arange(users), [np.array([], int)] * users, (scores_UN + rng.gumbel(size=scores_UN.shape)).argmax(1)
     )
-    batch = EvalBatch(np.arange(6), [np.array([], int)] * 6, np.full(6, 2))
-    fused = fuse({"gapped": gapped, "text": text}, batch)
-    assert list(fused.parts) == ["text", "gapped"]
-    assert shares(fused)["gapped"] > 0
-    of_text, of_gapped = fused.ranker.weights
-    assert np.allclose(fused.ranker.scores(batch), of_text * text_N + of_gapped * line_N, atol=1e-5)
+    text, ids = ranker(text_UN, np.eye(items)), replace(ranker(id_UN, np.eye(items)), knows_new=False)
+    fusion = fuse({"text": text, "id": ids}, batch, np.where(new_N, 0, 9))
+    of_text, of_ids, _ = fusion.ranker.weights
+    new_text, new_ids, constant = fusion.ranker.new_weights
+    assert np.array([of_text, new_text, constant]) / of_ids == pytest.approx([0.3, 0.9, 0.7], abs=0.07)
+    assert new_ids == 0
+    scores_BN = fusion.ranker.scores(batch)
+    expected = np.where(new_N, new_text * text_UN + constant, of_text * text_UN + of_ids * id_UN)
+    assert scores_BN == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_neighbour_table_predicts_from_what_it_lists_alone():
-    """Of the two items that the ID model lacks, the listed one is above its mean score, the other is at it."""
-    near = sparse.csr_matrix(np.array([[0, 0.16, 0, 0.64, 0]] * 5, np.float32))
-    lacking_N = np.array([False, False, False, True, True])
-    items = np.where(lacking_N, 3.0, [1.0, 6.0, 2.0, 0.0, 0.0])[:, None]
-    ids = replace(ranker(np.ones((5, 1)), items), lacking_N=lacking_N)
-    batch = EvalBatch(np.arange(5), [np.array([0])] * 5, np.array([1, 1, 3, 1, 3]))
-    fused = fuse({"id": ids, "lexical": NeighbourRanker(near, 10, 0.7)}, batch)
-    of_words, of_ids = fused.ranker.weights
-    assert list(fused.parts) == ["lexical", "id"]
-    assert fused.ranker.parts[0].lists
-    slope = fused.ranker.slopes[1]
-    assert slope > 0
-    assert fused.ranker.scores(batch)[0, 3] == pytest.approx(of_words * 0.8 + of_ids * (3 + slope * 0.8), rel=1e-5)
-    assert fused.ranker.scores(batch)[0, 4] == pytest.approx(of_ids * 3, rel=1e-5)
+def test_where_no_new_item_is_taken_every_tenth_counts_as_new():
+    """Of a model that knows new items, it is the vector without what it learned of them, which tells nothing here.
+
+    The last item is new and taken by nobody: it stands for no other.
+    """
+    rng, users, items = np.random.default_rng(0), 6000, 41
+    counts_N = np.arange(items - 1, -1, -1)
+    every_tenth = [5, 15, 25, 35]
+    assert pretended(counts_N).tolist() == every_tenth
+    scores_UN = rng.standard_normal((users, items))
+    targets = (scores_UN + rng.gumbel(size=scores_UN.shape))[:, :-1].argmax(1)
+    batch = EvalBatch(np.arange(users), [np.array([], int)] * users, targets)
+    asked = []
+
+    def without(rows):
+        asked.append(rows.tolist())
+        return np.zeros((len(rows), items), np.float32)
+
+    variant = CachedRanker(replace(ranker(scores_UN, np.eye(items)), new_items=without))
+    fusion, again = (fuse({"variant": variant}, batch, counts_N) for _ in range(2))
+    assert asked == [every_tenth], "they are encoded once"
+    assert fusion.parts == again.parts
+    weight, constant = fusion.ranker.weights[0], fusion.ranker.new_weights[1]
+    assert (weight, constant) == pytest.approx((1, 0.5), abs=0.12), "the mean of exp of a normal score"
+    scores_BN = fusion.ranker.scores(batch)
+    assert scores_BN[:, :-1] == pytest.approx(weight * scores_UN[:, :-1], abs=1e-5), "they are known where users rank"
+    taught = fusion.taught
+    assert np.flatnonzero(taught.new_N).tolist() == [*every_tenth, 40]
+    assert taught.scores(batch)[:, every_tenth] == pytest.approx(constant)
+    for candidates, _ in candidates_of(taught, batch, 3000):
+        assert not (candidates.rows_BK == 40).any()
 
 
 def test_a_fusion_does_not_depend_on_how_many_scores_are_held_at_a_time(monkeypatch):
     items = RNG.standard_normal((9, 3))
     rankers = {name: ranker(RNG.standard_normal((7, 3)), items) for name in ("a", "b")}
-    rankers["c"] = replace(ranker(RNG.standard_normal((7, 3)), items), lacking_N=np.arange(9) > 6)
+    rankers["c"] = replace(ranker(RNG.standard_normal((7, 3)), items), knows_new=False)
     batch = EvalBatch(np.arange(7), [np.array([at]) for at in range(7)], np.array([8, 7, 6, 5, 4, 3, 2]))
-    whole = fuse(rankers, batch)
+    counts_N = np.arange(9) % 4  # two are new
+    whole = fuse(rankers, batch, counts_N)
     monkeypatch.setattr(late_fusion, "_BLOCK", 2 * 9)
-    assert fuse(rankers, batch).ranker.weights == pytest.approx(whole.ranker.weights, abs=1e-5)
-    assert fuse(rankers, batch).ranker.slopes == pytest.approx(whole.ranker.slopes)
+    again = fuse(rankers, batch, counts_N)
+    assert again.ranker.weights == pytest.approx(whole.ranker.weights, abs=1e-5)
+    assert again.ranker.new_weights == pytest.approx(whole.ranker.new_weights, abs=1e-4)
 
 
 def drawn(rng, variant, ids, weights, histories):
@@ -148,8 +167,8 @@ def test_the_weight_is_the_one_that_makes_the_validation_targets_likeliest(weigh
     variant[1][7] = ids[1][7] = 50.0  # would drown all others, but everyone has seen it
     histories = [np.array([7, 7])] * users
     batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, weights, histories))
-    fusion = fuse({"variant": ranker(*variant), "id": ranker(*ids)}, batch)
-    own, others = fusion.ranker.weights
+    fusion = fused({"variant": ranker(*variant), "id": ranker(*ids)}, batch)
+    own, others, _ = fusion.ranker.weights
     assert others / own == pytest.approx(max(weights[1] / weights[0], 0), rel=0.1)
     assert (shares(fusion)["id"] == 0) == (weights[1] < 0)
     assert sum(shares(fusion).values()) == pytest.approx(1)
@@ -161,7 +180,7 @@ def test_a_variant_that_tells_nothing_leaves_the_order_to_the_id_model(interests
     users = np.zeros((6, interests, 9))
     users[:, interests - 1] = np.eye(9)[:6]
     batch = EvalBatch(np.arange(6), [np.array([8])] * 6, np.arange(6))
-    fusion = fuse({"flat": flat, "id": ranker(users, np.eye(9))}, batch)
+    fusion = fused({"flat": flat, "id": ranker(users, np.eye(9))}, batch)
     assert shares(fusion) == {"flat": 0, "id": 1}
     assert (fusion.ranker.ranks(batch) == 1).all()
 
@@ -171,7 +190,7 @@ def test_an_id_model_that_tells_nothing_changes_no_order():
     variant, flat = (rng.standard_normal((40, 3)), rng.standard_normal((9, 3))), (np.ones((40, 1)), np.ones((9, 1)))
     histories = [np.array([], int)] * 40
     batch = EvalBatch(np.arange(40), histories, drawn(rng, variant, flat, (1.0, 0.0), histories))
-    fusion = fuse({"variant": ranker(*variant), "flat": ranker(*flat)}, batch)
+    fusion = fused({"variant": ranker(*variant), "flat": ranker(*flat)}, batch)
     ranks = rank_users(batch, {"fused": fusion.ranker, "variant": ranker(*variant)})
     assert shares(fusion)["flat"] == pytest.approx(0, abs=1e-3)
     assert (ranks["fused"] == ranks["variant"]).all()
@@ -184,8 +203,8 @@ def test_a_variant_whose_scores_differ_by_rounding_alone_tells_nothing(constant)
     same = constant * rng.dirichlet(np.ones(64), 300), np.ones((60, 64)) + 1e-7 * rng.standard_normal((60, 64))
     histories = [np.array([], int)] * 300
     batch = EvalBatch(np.arange(300), histories, drawn(rng, (users, items), (users, items), (1.0, 0.0), histories))
-    fused = fuse({"same": ranker(*same), "id": ranker(users, items)}, batch).ranker
-    ranks = rank_users(batch, {"fused": fused, "ids": ranker(users, items)})
+    whole = fused({"same": ranker(*same), "id": ranker(users, items)}, batch).ranker
+    ranks = rank_users(batch, {"fused": whole, "ids": ranker(users, items)})
     assert (ranks["fused"] == ranks["ids"]).mean() > 0.99
 
 
@@ -196,7 +215,7 @@ def test_the_scale_of_the_id_vectors_changes_no_fusion(scale):
     histories = [np.array([], int)] * users
     batch = EvalBatch(np.arange(users), histories, drawn(rng, variant, ids, (1.0, 1.0), histories))
     parts = [{"variant": ranker(*variant), "id": ranker(ids[0], ids[1] * each)} for each in (1.0, scale)]
-    weights = [shares(fuse(each, batch))["id"] for each in parts]
+    weights = [shares(fused(each, batch))["id"] for each in parts]
     assert weights[1] == pytest.approx(weights[0], rel=1e-3)
 
 
@@ -217,7 +236,7 @@ def test_an_id_model_that_knows_no_popularity_gains_by_as_much_as_the_targets_fo
     targets = (scores_UN + rng.gumbel(size=scores_UN.shape)).argmax(1)
     batch = EvalBatch(np.arange(users), [np.array([], int)] * users, targets)
     popularity, model = VectorRanker.of_counts(counts_N), ranker(*ids)
-    weights = fuse({"popularity": popularity, "id": model}, batch).ranker.weights
+    weights = fuse({"popularity": popularity, "id": model}, batch, counts_N + 1).ranker.weights
     assert weights[1] / weights[0] == pytest.approx(0.25, rel=0.1)
 
 
@@ -283,16 +302,14 @@ def test_the_weights_of_many_parts_are_the_optimum_that_scipy_finds(seed):
 def test_a_fusion_of_real_parts_is_the_optimum_that_scipy_finds(seed):
     """Dense parts, a neighbour table and gaps; seen items do not compete. Scipy has no derivative."""
     rng, users, items = np.random.default_rng(seed), 150, 20
-    lacking_N = np.arange(items) < 3
     parts = {
         "variant": ranker(rng.standard_normal((users, 4)), rng.standard_normal((items, 4))),
-        "id": replace(ranker(rng.standard_normal((users, 3)), rng.standard_normal((items, 3))), lacking_N=lacking_N),
+        "id": ranker(rng.standard_normal((users, 3)), rng.standard_normal((items, 3))),
         "near": NeighbourRanker(sparse.random(items, items, 0.3, "csr", np.float32, rng), 4, 0.7),
     }
     histories = [rng.integers(0, items, 5) for _ in range(users)]
     batch = EvalBatch(np.arange(users), histories, np.zeros(users, int))
-    whole = fuse(parts, batch).ranker  # its weights say nothing yet, but its parts and slopes do
-    scores_PUN = [part.numpy().astype(float) for part in whole.scored(batch).parts(slice(0, users))]
+    scores_PUN = [part.scores(batch).astype(float) for part in parts.values()]
     scores_PUN = np.stack([part / part.std(1).mean() for part in scores_PUN])
     seen_UN = np.zeros((users, items), bool)
     for user, history in enumerate(histories):
@@ -304,10 +321,10 @@ def test_a_fusion_of_real_parts_is_the_optimum_that_scipy_finds(seed):
         logits_UN = np.where(seen_UN, -np.inf, np.tensordot(weights, scores_PUN, 1))
         return -np.log(softmax(logits_UN, 1)[np.arange(users), targets]).mean()
 
-    fused = fuse(parts, replace(batch, targets=targets)).ranker
-    sizes = [part.numpy().std(1).mean() for part in fused.scored(batch).parts(slice(0, users))]
+    sizes = [part.scores(batch).std(1).mean() for part in parts.values()]
+    whole = FusedRanker(tuple(parts.values()), tuple(1 / np.array(sizes)), (0.0,) * 3, np.zeros(items, bool))
+    own = maximise(ValidationLikelihood(whole, replace(batch, targets=targets), every_term(whole)), np.ones(3))
     best = minimize(loss, np.ones(3), bounds=[(0, None)] * 3, method="L-BFGS-B").x
-    own = np.array(fused.weights) * sizes
     assert own / own.sum() == pytest.approx(best / best.sum(), abs=5e-3)
 
 
@@ -332,7 +349,7 @@ def real_parts(rng, users: int, items: int, spread: float):
         "near": NeighbourRanker(sparse.random(items, items, min(1.0, 40 / items), "csr", np.float32, rng), 4, 0.7),
     }
     batch = EvalBatch(np.arange(users), [rng.integers(0, items, 5) for _ in range(users)], np.zeros(users, int))
-    standard = FusedRanker(tuple(parts.values()), (1.0, 0.5, 12.0), (0.0,) * 3)
+    standard = FusedRanker(tuple(parts.values()), (1.0, 0.5, 12.0), (0.0,) * 3, np.zeros(items, bool))
     scores_UN = standard.scores(batch) + rng.gumbel(size=(users, items))
     for user, history in enumerate(batch.histories):
         scores_UN[user, history] = -np.inf
@@ -344,10 +361,10 @@ def test_candidates_that_are_all_items_have_the_likelihood_of_all_items(seed, mo
     """Whether an item is among the best of no part, of one, or of several, it counts once."""
     _, batch, ranker = real_parts(np.random.default_rng(seed), 9, 40, 1.0)
     weights = np.array([0.3, 1.2, 0.7])
-    whole = ValidationLikelihood(ranker, batch)(weights)
+    whole = ValidationLikelihood(ranker, batch, every_term(ranker))(weights)
     for name, size in {"WHOLE": 39, "BEST": 7, "DRAWN": 40}.items():
         monkeypatch.setattr(late_fusion, name, size)
-    of_candidates = ValidationLikelihood(ranker, batch)(weights)
+    of_candidates = ValidationLikelihood(ranker, batch, every_term(ranker))(weights)
     assert of_candidates.slope == pytest.approx(whole.slope, abs=1e-5)
     assert of_candidates.curve == pytest.approx(whole.curve, abs=1e-5)
 
@@ -360,32 +377,25 @@ def test_parts_that_are_nearly_the_same_have_weights(seed):
     near = ranker.parts[2]
     tables = [near.table_NN.multiply(1 + 1e-5 * scale).tocsr() for scale in range(4)]
     same = tuple(replace(near, table_NN=table) for table in tables)
-    weights = maximise(ValidationLikelihood(FusedRanker(same, (300.0,) * 4, (0.0,) * 4), batch), np.ones(4))
+    close = FusedRanker(same, (300.0,) * 4, (0.0,) * 4, np.zeros(3_000, bool))
+    weights = maximise(ValidationLikelihood(close, batch, every_term(close)), np.ones(4))
     assert np.isfinite(weights).all()
     assert (weights >= 0).all()
-
-
-def test_the_part_that_can_never_lack_an_item_predicts_even_if_none_is_lacked_yet():
-    """Items may be added to a bundle later: of these its words say something, its counts nothing."""
-    table_NN = sparse.random(9, 9, 0.5, "csr", np.float32, np.random.default_rng(0))
-    words, counted = (NeighbourRanker(table_NN, 4, 0.7, lacking_N) for lacking_N in (None, np.zeros(9, bool)))
-    batch = EvalBatch(np.arange(3), [np.array([at]) for at in range(3)], np.array([6, 7, 8]))
-    assert fuse({"counted": counted, "words": words}, batch).ranker.parts == (words, counted)
 
 
 def test_of_a_large_catalogue_and_many_users_some_chunks_of_users_are_kept(monkeypatch):
     _, batch, ranker = real_parts(np.random.default_rng(0), 40, 3_000, 1.0)
     chunked = replace(batch, kept=tuple(batch.chunks(8)))
     monkeypatch.setattr(late_fusion, "WHOLE", 2_999)
-    weights = ValidationLikelihood(ranker, chunked)(np.ones(3))
+    weights = ValidationLikelihood(ranker, chunked, every_term(ranker))(np.ones(3))
     some = [chunked.kept[0], chunked.kept[3]]
-    expected = [ValidationLikelihood(ranker, one)(np.ones(3)).slope for one in some]
+    expected = [ValidationLikelihood(ranker, one, every_term(ranker))(np.ones(3)).slope for one in some]
     assert weights.slope == pytest.approx(np.mean(expected, 0), abs=1e-5)
 
 
 def test_in_a_large_catalogue_candidates_lead_to_about_the_weights_of_all_items(monkeypatch):
     parts, batch, _ = real_parts(np.random.default_rng(0), 400, 20_000, 1.5)
-    whole = shares(fuse(parts, batch))
+    whole = shares(fused(parts, batch))
     monkeypatch.setattr(late_fusion, "WHOLE", 19_999)
-    assert shares(fuse(parts, batch)) == pytest.approx(whole, abs=0.02)
+    assert shares(fused(parts, batch)) == pytest.approx(whole, abs=0.02)
     assert min(whole.values()) > 0.1

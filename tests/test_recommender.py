@@ -446,7 +446,7 @@ def test_a_table_of_users_cannot_be_served(run):
 def test_facts_are_plain(bundle):
     facts = json.loads((bundle / FACTS).read_text())
     assert facts["parts"].keys() >= {"per_layer", "id", "lexical", "popularity"}
-    assert all(part.keys() == {"weight", "slope"} for part in facts["parts"].values())
+    assert all(part.keys() == {"weight", "new_weight"} for part in facts["parts"].values())
 
 
 def test_a_recommender_that_nobody_holds_is_gone_at_once(run):

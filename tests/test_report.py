@@ -52,7 +52,7 @@ SKILL = {
 }
 """Typical rank of the target, of 1,000 items."""
 PARTS = {
-    name: {"share": share, "weight": 1.0, "slope": 0.0}
+    name: {"share": share, "weight": 1.0, "new_weight": 0.0}
     for name, share in {"per_layer": 0.5, "id": 0.25, "lexical": 0.25}.items()
 }
 TITLES = ["Fargo (1996)", "Alien & Aliens", "Star Wars (1977)", "<script>alert('x')</script>", "L'Avventura", "$9.99"]

@@ -84,7 +84,8 @@ def neighbour_models(run: Run) -> Iterator[tuple[str, ...]]:
     targets = dataset.targets("validation", config.train.validation_users, config.run.seed)
     users = EvalBatch.of(dataset, targets).keeping_chunks()
     models: dict[str, Ranker] = dict(run.neighbours)
-    fusion = fuse({**models, "popularity": VectorRanker.of_counts(dataset.train_counts_N)}, users)
+    counts_N = dataset.train_counts_N
+    fusion = fuse({**models, "popularity": VectorRanker.of_counts(counts_N)}, users, counts_N)
     ranks = rank_users(users, {**models, ALL_CHEAP: fusion.ranker})
     yield from ((name, *figures(ranks_U)) for name, ranks_U in ranks.items())
 

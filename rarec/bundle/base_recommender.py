@@ -26,7 +26,7 @@ from rarec.bundle.recommended import (
 from rarec.bundle.row import Row
 from rarec.bundle.rules import Plan, Rules, check_k, lists_of
 from rarec.errors import UserError
-from rarec.neighbours.scores import newest_first, score
+from rarec.neighbours.scores import NEW, newest_first, score
 
 if TYPE_CHECKING:
     from rarec.neighbours.base import NewItems, TextVectors
@@ -203,8 +203,9 @@ class BaseRecommender(ABC):
         (rows,), _ = self.rules.rows([history])
         row = int(self._known([item])[0])
         shares_NP = self._row.shares(self.queries([rows])[0], rows)
-        titles = (part.title for part in self._row.parts.values())
-        shares = dict(zip(titles, (shares_NP[row] - shares_NP.mean(0)).tolist(), strict=True))
+        above_P = (shares_NP[row] - shares_NP.mean(0)).tolist()
+        each = zip(self._row.parts.items(), above_P, strict=True)
+        shares = {part.title: above for (name, part), above in each if name != NEW or above}
         return Explanation(item, self.catalogue.titles[row], shares, self._nearest(rows, row, k))
 
     def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
@@ -226,6 +227,8 @@ class BaseRecommender(ABC):
         (rows,), _ = self.rules.rows([history])
         best = {}
         for name, scores_N in self._row.part_scores(self.queries([rows])[0], rows).items():
+            if name == NEW:
+                continue
             order = _order(scores_N, rows)[:k]
             best[self._row.parts[name].title] = self._listed(order, scores_N[order])
         return best
@@ -248,24 +251,14 @@ class BaseRecommender(ABC):
         return Place(rank, len(order) + 1, new, *(self._listed(part, scores_N[part]) for part in beside))
 
     def _shares_of_new(self, query_VF: Float32, history: Rows, title: str, text: str) -> Float32:
-        """Return what each part would add to the score of an item if `rarec items add` had added it, (P,).
-
-        A part that knows no new item has what is usual, and what is predicted from the first part.
-        """
-        (first, leading), *others = self._row.parts.items()
-        assert leading.vectors_NZ is not None  # the variant's
+        """Return what each part would add to the score of an item if `rarec items add` had added it, (P,)."""
+        variant = self._row.compared
+        assert variant is not None  # a row without one has no `place`
         sizes = [part.vectors_NZ.shape[1] for part in self._row.dense.values() if part.vectors_NZ is not None]
         queries = dict(zip(self._row.dense, np.split(query_VF, np.cumsum(sizes)[:-1], 1), strict=True))
-        scores = {first: float((queries[first] @ self.encode_new(title, text)).max())}
+        scores = {variant: float((queries[variant] @ self.encode_new(title, text)).max()), NEW: 1.0}
         scores |= {name: self._near_new(finder, history, title, text) for name, finder in self._new_items.items()}
-        for name, part in others:
-            scores.setdefault(name, 0.0)
-            if not part.knows_new:
-                usual = float((queries[first] @ leading.vectors_NZ[part.known_N].mean(0)).max())
-                scores[name] = part.slope * (scores[first] - usual)
-                if part.vectors_NZ is not None:
-                    scores[name] += float((queries[name] @ part.vectors_NZ[part.known_N].mean(0)).max())
-        return np.array([part.weight * scores[name] for name, part in self._row.parts.items()], np.float32)
+        return np.array([part.new_weight * scores.get(name, 0.0) for name, part in self._row.parts.items()], np.float32)
 
     def _near_new(self, finder: "NewItems", history: Rows, title: str, text: str) -> float:
         """Return the score of a new item by a neighbour table."""

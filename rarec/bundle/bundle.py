@@ -46,6 +46,7 @@ from rarec.evaluation.results import LEARNED
 from rarec.ids.source import BIAS, INNER, LEFT, MAPPED_ITEMS, MATRIX, Source, users_of
 from rarec.models.build import ALIGNMENT, LORA_WEIGHTS, SourceShape
 from rarec.neighbours.base import read_table
+from rarec.neighbours.scores import NEW
 from rarec.ranking.order import LearnedOrder
 from rarec.storage.artefacts import MANIFEST, check_files, read_manifest
 from rarec.storage.files import open_file
@@ -256,7 +257,7 @@ class Bundle:
     def tables(self) -> list[str]:
         """Names of the neighbour tables: of the parts that are nothing else."""
         facts = self.facts
-        others = {"popularity", "id", facts["model"] and facts["model"]["variant"]["name"]}
+        others = {"popularity", "id", NEW, facts["model"] and facts["model"]["variant"]["name"]}
         names = sorted(set(facts["parts"]) - others)
         needs = {name: _table_file(name) for name in names}
         absent = {name: file for name, file in needs.items() if file not in self.manifest["files"]}
@@ -298,10 +299,10 @@ class Bundle:
         return bool(self.facts["model"]) and any(model.reads_llm for model in models if model)
 
     def knows_new_items(self, name: str) -> bool:
-        """Return whether a neighbour model, or popularity, scores items without training interactions."""
+        """Return whether a neighbour model has something to say of an item without training interactions."""
         model = built_in(name)
         own = (self.facts["neighbours"] or {}).get("new_items", ())
-        return bool(model.knows_new_items) if model else name in ("popularity", *own)
+        return bool(model.knows_new_items) if model else name in own
 
     @cached_property
     def variant(self) -> Variant:

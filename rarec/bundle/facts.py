@@ -14,7 +14,7 @@ from rarec.config.registry import KINDS
 from rarec.config.section import Count, Positive, Rate, Section, Seed, Share
 from rarec.ids.source import KINDS_OF_USERS
 
-SCHEMA = 1
+SCHEMA = 2
 """Of `recommender.json`."""
 PICKLE = "llm.allow_pickle_weights"
 """What must be trusted by name to read a language model that is a pickle."""
@@ -28,7 +28,7 @@ class _Part(Section):
     """A part of the row."""
 
     weight: Annotated[float, Field(ge=-1e6, le=1e6)]
-    slope: Annotated[float, Field(ge=-1e6, le=1e6)]
+    new_weight: Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class _Rule(Section):

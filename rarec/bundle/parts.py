@@ -28,10 +28,11 @@ from rarec.ids.source import Source
 from rarec.models.build import build_model, load_weights, slots_reserved
 from rarec.models.encode import Encoder, text_vectors
 from rarec.models.language_model import LoadedModel, load_model, without_adapter
+from rarec.neighbours.scores import NEW
 from rarec.prompts import PromptPair
 from rarec.ranking.learned import LearnedRanker
 from rarec.ranking.rank import EvalBatch, Scores, VectorScores
-from rarec.ranking.rankers import FusedRanker, NeighbourRanker, Ranker, VectorRanker
+from rarec.ranking.rankers import FusedRanker, NeighbourRanker, Ranker, VectorRanker, new_items
 from rarec.storage.artefacts import differences
 
 RowsOfUsers = Sequence[npt.NDArray[np.integer]]
@@ -195,14 +196,18 @@ class Parts:
     ) -> None:
         self.bundle = bundle
         self.model = BundledModel(bundle, llm, batch_size, world)
-        self.rankers = {name: self._ranker(name) for name in bundle.facts["parts"]}
+        self.rankers = {name: self._ranker(name) for name in bundle.facts["parts"] if name != NEW}
+        new_N = new_items(bundle.catalogue.counts_N, self.rankers.values())
+        if NEW in bundle.facts["parts"]:
+            self.rankers[NEW] = VectorRanker.of_new(new_N)
         self.row = self._row()
         self.ranker = DenseForm(self.row, self.rankers)
         self._whole: Ranker = self.ranker
         if bundle.order is not None:
             each = bundle.facts["parts"].values()
-            weights, slopes = (tuple(part[name] for part in each) for name in ("weight", "slope"))
-            self._whole = LearnedRanker(FusedRanker(tuple(self.rankers.values()), weights, slopes), bundle.order)
+            weights, new_weights = (tuple(part[name] for part in each) for name in ("weight", "new_weight"))
+            fused = FusedRanker(tuple(self.rankers.values()), weights, new_weights, new_N)
+            self._whole = LearnedRanker(fused, bundle.order)
 
     @property
     def dense(self) -> "DenseForm":
@@ -228,9 +233,8 @@ class Parts:
             return VectorRanker.of_counts(bundle.catalogue.counts_N)
         if name == "id":
             return bundle.sources[facts["id_model"]].ranker()
-        lacking_N = None if bundle.knows_new_items(name) else bundle.catalogue.counts_N == 0
         rule = facts["neighbours"]
-        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], lacking_N)
+        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], bundle.knows_new_items(name))
 
     def _row(self) -> Row:
         facts, near = self.bundle.facts, self.bundle.near
@@ -238,15 +242,8 @@ class Parts:
         for name, ranker in self.rankers.items():
             if name in near:
                 tables[name] = near[name].indptr, near[name].indices, near[name].data
-            vectors_NZ = ranker.items_NZ if isinstance(ranker, VectorRanker) else None
-            known = self.bundle.knows_new_items(name)
-            parts[name] = Part(
-                part_title(name),
-                **facts["parts"][name],
-                knows_new=known,
-                vectors_NZ=vectors_NZ,
-                lacking_N=ranker.lacking_N,
-            )
+            own = (ranker.items_NZ, ranker.lacking_N) if isinstance(ranker, VectorRanker) else (None, None)
+            parts[name] = Part(part_title(name), **facts["parts"][name], vectors_NZ=own[0], lacking_N=own[1])
         variant = facts["model"] and facts["model"]["variant"]["name"]
         rule = facts["neighbours"] or {"newest": 0, "decay": 1.0, "top": 0}
         return Row(

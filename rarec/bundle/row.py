@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rarec.bundle.recommended import Catalogue
 from rarec.config.neighbours import built_in
 from rarec.errors import UserError
-from rarec.neighbours.scores import known, part_scores, predicted, shares
+from rarec.neighbours.scores import item_weights, part_scores, shares
 from rarec.ranking.order import LearnedOrder, reordered
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
+LEAST = 1e-6
+"""Smallest weight of a neighbour table: from exported tables, whose scores are times it, the scores can be told."""
 Table = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], Float32]
 """A neighbour table by item: where the item's neighbours begin and end (N + 1,), all neighbours (P,), their scores."""
 
@@ -40,23 +42,16 @@ class Part:
     Attributes:
         title: its name in answers.
         weight: of its scores.
-        slope: of its scores over those of the first part.
-        knows_new: whether it scores items without training interactions.
+        new_weight: of its scores of new items.
         vectors_NZ: item vectors; None of a neighbour table.
-        lacking_N: marks items that it knows nothing of; None for none.
+        lacking_N: marks items without a vector, which are scored as the mean item; None for none.
     """
 
     title: str
     weight: float
-    slope: float
-    knows_new: bool
+    new_weight: float
     vectors_NZ: Float32 | None
     lacking_N: Mask | None
-
-    @property
-    def known_N(self) -> Mask | slice:
-        """The items with whose mean its unknown items are compared: those that it knows, or else all."""
-        return slice(None) if self.lacking_N is None else known(self.lacking_N)
 
 
 @dataclass(frozen=True)
@@ -107,54 +102,32 @@ class Row:
 
     @cached_property
     def items_NF(self) -> Float32:
-        """The item vectors of the dense form: those of each dense part times its weight, side by side.
-
-        Where a part lacks an item, what the first part predicts is in the item's vector of the first part.
-        """
-        tables = [part.weight * part.vectors_NZ for part in self.dense.values() if part.vectors_NZ is not None]
-        first = next(iter(self.parts.values()))
-        if first.vectors_NZ is not None:
-            first_ZN = first.vectors_NZ.T.astype(np.float64)
-            for part, lacking_N in self._lacking.values():
-                tables[0] = tables[0] + part.weight * predicted(first_ZN, lacking_N, part.slope, lists=False).T
+        """The item vectors of the dense form: those of each dense part times its weight, side by side."""
+        vectors = {name: part.vectors_NZ for name, part in self.dense.items() if part.vectors_NZ is not None}
+        tables = [np.multiply(self.item_weights[name], table_NZ.T).T for name, table_NZ in vectors.items()]
         count = len(tables[0]) if tables else len(next(iter(self.tables.values()))[0]) - 1
         return np.concatenate([np.zeros((count, 0)), *tables], 1, dtype=np.float32)
 
     @cached_property
     def table_weights(self) -> dict[str, Float64]:
-        """The weight of each item's score by each neighbour table, (N,) by name.
-
-        Where a part lacks an item, what the first part predicts is in the weight by the first part, if it is a table.
-        """
-        weights = {
-            name: np.full(len(starts) - 1, self.parts[name].weight) for name, (starts, *_) in self.tables.items()
-        }
-        first = next(iter(self.parts), None)
-        if first in weights:
-            for part, lacking_N in self._lacking.values():
-                weights[first] += part.weight * predicted(np.ones(len(lacking_N)), lacking_N, part.slope, lists=True)
-        return weights
-
-    def check_form(self) -> None:
-        """Refuse a row whose scores no table of vectors, with neighbour tables of positive scores, has.
-
-        Raises:
-            UserError: no part has vectors; or what an item's neighbours say lowers its score.
-        """
-        problem = None
-        if self.lists:
-            problem = "this row has no vectors: no table of vectors has its scores"
-        elif any((weight_N < 0).any() for weight_N in self.table_weights.values()):
-            problem = "this row lowers the score of items by their neighbours: no table has its scores"
-        if problem:
-            raise UserError(problem, "export a row with a variant: VARIANT+id")
+        """The weight of each item's score by each neighbour table, (N,) by name; never 0, which no score survives."""
+        weights = {name: np.maximum(weight, LEAST) for name, weight in self.item_weights.items()}
+        return {name: np.broadcast_to(weights[name], len(starts) - 1) for name, (starts, *_) in self.tables.items()}
 
     @cached_property
-    def _lacking(self) -> dict[str, tuple[Part, Mask]]:
-        """The parts after the first that lack items, by name, with marks of these (N,)."""
-        others = list(self.parts.items())[1:]
-        lacking = {name: (part, mask_N) for name, part in others if (mask_N := part.lacking_N) is not None}
-        return {name: (part, mask_N) for name, (part, mask_N) in lacking.items() if mask_N.any()}
+    def item_weights(self) -> dict[str, Float64]:
+        """The weight of each item's score by each part; see `item_weights`."""
+        return item_weights(self.parts)
+
+    def check_form(self) -> None:
+        """Refuse a row without vectors.
+
+        Raises:
+            UserError: no part has vectors.
+        """
+        if self.lists:
+            problem = "this row has no vectors: no table of vectors has its scores"
+            raise UserError(problem, "export a row with a variant: VARIANT+id")
 
     def part_scores(self, query_VF: Float32, history: Rows) -> dict[str, Float32]:
         """Return the scores of the catalogue by each part alone, (N,) by name.
@@ -167,7 +140,8 @@ class Row:
 
     def shares(self, query_VF: Float32, history: Rows) -> Float32:
         """Return what each part adds to the score of each item, (N, P); arguments as of `part_scores`."""
-        return np.stack(list(shares(self.parts, self.part_scores(query_VF, history)).values()), 1)
+        added_NP: Float32 = shares(self.item_weights, self.part_scores(query_VF, history))
+        return added_NP
 
     def whole(self, shares_NP: Float32, history: Rows) -> Float32:
         """Return the scores of items from what each part adds to them, in the row's order, (N,)."""

@@ -75,7 +75,7 @@ class Contents:
 
     Attributes:
         row: the row of the results that is served, such as `per_layer+id`.
-        parts: name, weight and slope of each of its parts, in the order of the fusion (see `FusedRanker`).
+        parts: name, weight and new weight of each of its parts, in the order of the fusion (see `FusedRanker`).
         catalogue: the items.
         trained: the variant, if it is a part.
         sources: vectors that the variant's slots take, and the ID model, if it is a part.
@@ -144,7 +144,7 @@ def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "row": contents.row,
-        "parts": {name: {key: part[key] for key in ("weight", "slope")} for name, part in contents.parts.items()},
+        "parts": {name: {key: part[key] for key in ("weight", "new_weight")} for name, part in contents.parts.items()},
         "id_model": "id",
         "sources": {name: _source_facts(source) for name, source in contents.sources.items()},
         "neighbours": neighbours if contents.tables else None,

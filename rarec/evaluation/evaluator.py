@@ -76,6 +76,7 @@ class Evaluator:
         self.orders: dict[str, npt.NDArray[Any]] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._flat: set[str] = set()
+        self._taught: dict[str, FusedRanker] = {}
         total = len(self.test.targets)
         rows = np.random.default_rng(self.seed).choice(total, min(config.report.examples, total), replace=False)
         self._example_rows = np.sort(rows)  # drawn at random, so that nobody picks flattering ones
@@ -185,11 +186,12 @@ class Evaluator:
 
     def _fused(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
         """Return the late fusion of some models, as the row of that name."""
-        fusion = fuse(parts, self.validation)
+        fusion = fuse(parts, self.validation, self.dataset.train_counts_N)
         for name in sorted(set(fusion.flat) - self._flat):
             self.say(f"{part_title(name)}: every item has the same score, so it adds nothing to a fusion")
         self._flat.update(fusion.flat)
         self.fusions[row] = fusion.parts
+        self._taught[row] = fusion.taught
         return {row: fusion.ranker}
 
     def _learned(self, row: str, rankers: Mapping[str, Ranker]) -> dict[str, Ranker]:
@@ -201,7 +203,7 @@ class Evaluator:
         if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker):
             return {}
         targets = self.dataset.targets("validation", self.config.evaluate.learned_users, self.seed)
-        examples = examples_of(fusion, EvalBatch.of(self.dataset, targets))
+        examples = examples_of(self._taught[row], EvalBatch.of(self.dataset, targets))
         validation = self.validation
         halves = [slice(half, None, 2) for half in range(2)]
         rest = [examples.without(validation.user_rows[half]) for half in halves]

@@ -7,9 +7,9 @@ top-k metric would serve as well, but is nearly flat over the weights, so a few 
 Shape letters: P parts, B users of a block, N catalogue, M candidates of a user.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,9 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from rarec.ranking.rank import EvalBatch, Scores, largest
-from rarec.ranking.rankers import FusedRanker, Ranker
+from rarec.neighbours.scores import NEW
+from rarec.ranking.rank import EvalBatch, largest
+from rarec.ranking.rankers import FusedRanker, Ranker, VectorRanker, new_items
 
 COMPARED_USERS = 64
 FLAT = 1e-5
@@ -38,7 +39,11 @@ _LEAST = 1e-5
 """Smallest eigenvalue of the curvature, scaled to a diagonal of 1: of nearly equal parts, it is rounding below that."""
 _STEPS, _CLOSE = 50, 1e-3
 """Newton's method: the maximum number of steps, and the length of a step at which it has converged."""
+FEWEST_NEW, TENTH = 50, 10
+"""Targets that are new items, at least, to fit weights of new items; of fewer, every tenth item counts as new."""
 Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.integer]
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -47,82 +52,93 @@ class Fusion:
 
     Attributes:
         ranker: the fused model.
+        taught: the same where items are new that the weights were fitted with as new.
         parts: what it takes to score again, by part in the ranker's order: `share` (its weight relative to the spread
-            of its scores: not negative, all sum to 1), `weight` and `slope` (see `FusedRanker`).
+            of its scores: not negative, all sum to 1), `weight` and `new_weight` (see `FusedRanker`).
         flat: names of parts that give every item the same score, which adds nothing.
     """
 
     ranker: FusedRanker
+    taught: FusedRanker
     parts: dict[str, dict[str, float]]
     flat: list[str]
 
 
-def fuse(parts: Mapping[str, Ranker], validation: EvalBatch) -> Fusion:
+def fuse(parts: Mapping[str, Ranker], validation: EvalBatch, counts_N: Counts) -> Fusion:
     """Fit the weights of several models' scores on the validation users.
 
-    Where a part lacks an item, its score is predicted from that of the first part that never lacks one.
+    New items have weights of their own: of the models that know something of them, and a constant. If the validation
+    users took too few to fit these, every tenth item by popularity counts as new.
 
     Args:
         parts: by name.
         validation: users to fit the weights on; never the test users.
+        counts_N: training interactions of each item.
     """
-    names = sorted(parts, key=lambda name: parts[name].lacking_N is not None)
-    rankers = tuple(parts[name] for name in names)
-    spreads_P, slopes = _compared(rankers, validation)
-    plain = FusedRanker(rankers, tuple((1 / spreads_P).tolist()), slopes)
-    fitted_P = maximise(ValidationLikelihood(plain, validation), np.ones(len(names)))
-    shares_P = fitted_P / fitted_P.sum() if fitted_P.any() else np.full(len(names), 1 / len(names))
-    weights_P = shares_P / spreads_P
-    weights_P /= weights_P.max() or 1.0  # so that float32 can represent the sum, whatever the scales
-    fused = replace(plain, weights=tuple(weights_P.tolist()))
-    fitted = {
-        name: {"share": share, "weight": weight, "slope": slope}
-        for name, share, weight, slope in zip(names, shares_P.tolist(), fused.weights, slopes, strict=True)
-    }
-    return Fusion(fused, fitted, [name for name, spread in zip(names, spreads_P, strict=True) if np.isinf(spread)])
+    new_N = new_items(counts_N, parts.values())
+    few = np.count_nonzero(new_N[validation.targets]) < FEWEST_NEW
+    rows = pretended(counts_N) if few else np.empty(0, np.int64)
+    taught_N = new_N.copy()
+    taught_N[rows] = True
+    hidden_N = new_N if few else None  # perhaps nobody could take them yet
+    rankers = *parts.values(), VectorRanker.of_new(new_N)
+    as_new = *(part.as_new(rows) if part.knows_new else part for part in parts.values()), VectorRanker.of_new(taught_N)
+    ones = (1.0,) * len(rankers)
+    fitted = _fitted(FusedRanker(as_new, ones, ones, taught_N, hidden_N), validation)
+    weights, new_weights = tuple(fitted.weights_P.tolist()), tuple(fitted.new_weights_P.tolist())
+    names = [*parts, NEW]
+    each = zip(names, fitted.shares_P.tolist(), weights, new_weights, strict=True)
+    return Fusion(
+        FusedRanker(rankers, weights, new_weights, new_N),
+        FusedRanker(as_new, weights, new_weights, taught_N, hidden_N),
+        {name: {"share": share, "weight": weight, "new_weight": new} for name, share, weight, new in each},
+        [name for name, spread in zip(parts, fitted.spreads_P, strict=False) if np.isinf(spread)],
+    )
 
 
-def _compared(rankers: tuple[Ranker, ...], batch: EvalBatch) -> tuple[Floats, tuple[float, ...]]:
-    """Compare the parts' scores on a few users: their spreads, and their least-squares slopes over the first one's."""
+def pretended(counts_N: Counts) -> Rows:
+    """Return every tenth of the items that occur in training, in the order of their popularity."""
+    order = np.argsort(-counts_N, kind="stable")
+    return np.sort(order[: np.count_nonzero(counts_N)][TENTH // 2 :: TENTH])
+
+
+class _Fitted(NamedTuple):
+    """See `Fusion.parts`; the last part is a constant of new items. The spreads are those of the scores."""
+
+    spreads_P: Floats
+    shares_P: Floats
+    weights_P: Floats
+    new_weights_P: Floats
+
+
+def _fitted(ranker: FusedRanker, validation: EvalBatch) -> _Fitted:
+    *models, _ = ranker.parts
+    new_N, last = ranker.new_N, len(models)
+    spreads_P = np.array([*(_spread(model, validation) or np.inf for model in models), 1.0])  # a flat part adds nothing
+    knowing = [part for part, model in enumerate(models) if model.knows_new]
+    known = [(part, ~new_N / spreads_P[part]) for part in range(last)]
+    of_new = [(part, new_N / spreads_P[part]) for part in knowing]
+    constant = [(last, sign * new_N) for sign in (1.0, -1.0)]  # since no weight is negative
+    terms = [*known, *of_new, *constant]
+    fitted = maximise(ValidationLikelihood(ranker, validation, terms), np.ones(len(terms)))
+    known_P = np.append(fitted[:last] if fitted[:last].any() else np.ones(last), 0.0)
+    new_P = np.zeros(last + 1)
+    new_P[[*knowing, last]] = [*fitted[last:-2], fitted[-2] - fitted[-1]]
+    scale = (known_P / spreads_P).max() or 1.0  # so that float32 can represent the sum, whatever the scales
+    return _Fitted(spreads_P, known_P / known_P.sum(), known_P / spreads_P / scale, new_P / spreads_P / scale)
+
+
+def _spread(ranker: Ranker, batch: EvalBatch) -> float:
+    """Return the standard deviation over items of a few users' scores; 0 if all are equal up to rounding."""
     few = slice(COMPARED_USERS)
-    some = EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few])
-    scored = [ranker.scored(some) for ranker in rankers]
-    sums: list[list[Floats]] = [[] for _ in rankers]
-    for block in user_blocks(len(some.targets), scored[0].n_items * len(rankers)):
-        first_BN = _doubles(scored[0], block)
-        for index, (ranker, scores) in enumerate(zip(rankers, scored, strict=True)):
-            own_BN = _doubles(scores, block) if index else first_BN
-            known = slice(None) if ranker.lacking_N is None else ~ranker.lacking_N
-            sums[index].append(_sums(first_BN[:, known], own_BN[:, known]))
-    spreads, slopes = [], []
-    for part in sums:
-        own_B, own_peak_B, first_B, first_peak_B, square_B, product_B = np.concatenate(part, axis=1)
-        spreads.append(_spread(own_B, own_peak_B) or np.inf)  # a part that is constant adds nothing
-        varies = _spread(first_B, first_peak_B) > 0
-        slope = float(product_B.sum() / square_B.sum()) if varies else 0.0
-        slopes.append(max(slope, 0.0) if rankers[0].lists else slope)  # to be listed never lowers a score
-    return np.array(spreads), tuple(slopes)
-
-
-def _sums(first_BN: Floats, own_BN: Floats) -> Floats:
-    """Return what a comparison sums over users, (6, B).
-
-    The standard deviation and largest magnitude of a part's scores, the same of the first part's without their mean,
-    the sum of the squares of these, and the sum of their products with the part's.
-    """
-    apart_BN = first_BN - first_BN.mean(1, keepdims=True)
-    sizes = [size_B for each in (own_BN, apart_BN) for size_B in (each.std(1), np.abs(each).max(1))]
-    return np.stack([*sizes, (apart_BN * apart_BN).sum(1), (apart_BN * own_BN).sum(1)])
-
-
-def _spread(deviation_B: Floats, peak_B: Floats) -> float:
-    """Return the standard deviation over items, averaged over users; 0 if all scores are equal up to rounding."""
-    spread = float(deviation_B.mean())
-    return spread if spread > FLAT * peak_B.max() else 0.0
-
-
-def _doubles(scores: Scores, block: slice) -> Floats:
-    return scores.block(block).numpy(force=True).astype(np.float64)
+    scores = ranker.scored(EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few]))
+    deviations, peak = [], 0.0
+    for block in user_blocks(scores.n_users, scores.n_items):
+        own_BN = scores.block(block).numpy(force=True).astype(np.float64)
+        deviations.append(own_BN.std(1))
+        peak = max(peak, float(np.abs(own_BN).max()))
+    spread = float(np.concatenate(deviations).mean())
+    return spread if spread > FLAT * peak else 0.0
 
 
 class Likelihood(NamedTuple):
@@ -174,12 +190,15 @@ class ValidationLikelihood:
     in memory, so they are computed anew in each pass; those of the candidates of a large catalogue are kept instead.
 
     Args:
-        ranker: its weights standardise the scores of its parts.
+        ranker: has the parts.
         validation: the users.
+        terms: what weights are fitted of: the index of a part, and the factors of its scores, (N,).
     """
 
-    def __init__(self, ranker: FusedRanker, validation: EvalBatch) -> None:
-        self._scales = ranker.weights
+    def __init__(
+        self, ranker: FusedRanker, validation: EvalBatch, terms: Sequence[tuple[int, npt.NDArray[Any]]]
+    ) -> None:
+        self._terms = [(part, torch.from_numpy(factors_N).float()) for part, factors_N in terms]
         chunks = list(validation.chunks())
         first = ranker.scored(chunks[0])
         n_items = first.n_items
@@ -218,14 +237,16 @@ class ValidationLikelihood:
     def _blocks(self) -> Iterator[Candidates]:
         """Yield all items as candidates, some users at a time."""
         for chunk, scores in self._chunks:
-            for part in user_blocks(len(chunk.targets), scores.n_items * len(self._scales)):
+            for part in user_blocks(len(chunk.targets), scores.n_items * len(self._terms)):
                 targets_B = torch.as_tensor(np.asarray(chunk.targets[part], np.int64))
                 stands_for_BN = torch.zeros(len(targets_B), scores.n_items)
+                if scores.hidden_N is not None:
+                    stands_for_BN[:, torch.from_numpy(scores.hidden_N)] = -torch.inf
                 for row, history in enumerate(chunk.histories[part]):
                     stands_for_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = -torch.inf
                 stands_for_BN[torch.arange(len(targets_B)), targets_B] = 0.0
-                scaled = [scale * own_BN for own_BN, scale in zip(scores.parts(part), self._scales, strict=True)]
-                scores_PBN = torch.stack(scaled)
+                parts = list(scores.parts(part))
+                scores_PBN = torch.stack([factors_N.to(parts[at].device) * parts[at] for at, factors_N in self._terms])
                 device = scores_PBN.device
                 yield Candidates(scores_PBN, stands_for_BN.to(device), targets_B.to(device))
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from rarec.config.method import VARIANT_TITLES
 from rarec.config.neighbours import neighbour_titles
 from rarec.console.inert import inert
+from rarec.neighbours.scores import NEW
 
 ID_ONLY = "id_only"
 FUSED = "+id"
@@ -161,7 +162,7 @@ def sentence_case(text: str) -> str:
 
 def _titles() -> dict[str, str]:
     """Return the titles of all rows without `+` and `/`, in their order."""
-    untrained = {"popularity": "popularity", ALL_CHEAP: "untrained baselines (cheap)"}
+    untrained = {"popularity": "popularity", NEW: "a new item", ALL_CHEAP: "untrained baselines (cheap)"}
     return {ID_ONLY: "ID model", **neighbour_titles(), **untrained, **VARIANT_TITLES}
 
 

@@ -33,6 +33,7 @@ from rarec.evaluation.results import (
     variant_order,
     variant_title,
 )
+from rarec.neighbours.scores import NEW
 
 _PREDICATES: dict[Outcome | None, str] = {
     None: "was not compared with",
@@ -76,6 +77,8 @@ def parts_worth(
     whole = variant + FUSED + CHEAP
     worth = []
     for part, fitted in fusions.get(whole, {}).items():
+        if part == NEW:
+            continue
         rest = ID_ONLY + CHEAP if part == variant else f"{whole}{WITHOUT}{part}"
         findings = {metric: finding for metric in metrics if (finding := results.find(whole, rest, metric))}
         worth.append({"title": part_title(part), "weight": fitted["share"], "findings": findings})

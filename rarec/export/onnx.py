@@ -100,7 +100,7 @@ def _write_parts(parts: Parts, item: Mapping[str, Any] | None, directory: Path) 
     for name, part in row.parts.items():
         given = {"vectors": part.vectors_NZ, "lacking": part.lacking_N}
         tables |= {f"{name}/{field}": table for field, table in given.items() if table is not None}
-        facts[name] = {key: getattr(part, key) for key in ("title", "weight", "slope", "knows_new")}
+        facts[name] = {key: getattr(part, key) for key in ("title", "weight", "new_weight")}
     np.savez(directory / TABLES, **tables)
     if row.order is not None:
         np.savez(directory / ORDER, **vars(row.order))

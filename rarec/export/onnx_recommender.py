@@ -42,6 +42,10 @@ class OnnxRecommender(BaseRecommender):
         self._client = client = Client(folder, threads, batch=batch or BATCH)
         self._facts: Mapping[str, Any] = client.facts.get("recommender", {"parts": {}, "compared": None, "date": None})
         if self._facts["parts"]:
+            if any("new_weight" not in part for part in self._facts["parts"].values()):
+                raise UserError(
+                    f"{folder} was written by an earlier version: its parts say nothing of new items", AGAIN
+                )
             catalogue = Catalogue.read(Path(client.checked(CATALOGUE)).read_bytes())
         else:
             items = pq.read_table(client.checked("items.parquet"), columns=["id", "title", "text", "train_count"])

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 try:  # the copies in an exported folder
     from rarec_order import LearnedOrder, reordered
-    from rarec_scores import part_scores, shares, table_scores
+    from rarec_scores import item_weights, part_scores, shares, table_scores
 except ImportError:
-    from rarec.neighbours.scores import part_scores, shares, table_scores
+    from rarec.neighbours.scores import item_weights, part_scores, shares, table_scores
     from rarec.ranking.order import LearnedOrder, reordered
 
 BATCH = 32
@@ -56,6 +56,7 @@ class Client:
         lists = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
         self.order = LearnedOrder(**self.arrays("order.npz")) if "order.npz" in self.files else None
         self.parts = self._parts() if self.order else {}
+        self.weights = {**item_weights(self.parts), **self.facts["neighbours"]}  # whose tables have others within
         self.pieces = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in lists.items()}
 
     def checked(self, name: str) -> str:
@@ -85,10 +86,7 @@ class Client:
     def _parts(self) -> dict[str, Any]:
         """Return the single parts of the fusion, whose shares of a score a learned order reads."""
         own, parts = self.arrays("parts.npz"), self.facts["recommender"]["parts"]
-        return {
-            name: SimpleNamespace(**part, vectors_NZ=own.get(f"{name}/vectors"), lacking_N=own.get(f"{name}/lacking"))
-            for name, part in parts.items()
-        }
+        return {name: SimpleNamespace(**part, vectors_NZ=own.get(f"{name}/vectors")) for name, part in parts.items()}
 
     def _table(self, name: str) -> tuple[Any, Any, Any]:
         """Return a neighbour table by item: where the item's neighbours begin and end, all neighbours, their scores."""
@@ -133,7 +131,7 @@ class Client:
     def in_order(self, query: Any, history: list[int]) -> Any:
         """Return the score of each item where the best are in a learned order, (N,)."""
         scores = part_scores(self.parts, self.tables, query, history, self.facts["newest"], self.facts["decay"])
-        return reordered(self.order, np.stack(list(shares(self.parts, scores).values()), 1), history)
+        return reordered(self.order, shares(self.weights, scores), history)
 
     def near(self, history: list[int]) -> Any:
         """Return what the neighbour tables add to the score of each item, (N,)."""

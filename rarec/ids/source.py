@@ -9,6 +9,7 @@ T history.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -279,7 +280,8 @@ def ranker_of(items_NE: Floats, users: UserVectors) -> VectorRanker:
     scored_NE = np.asarray(items_NE)
     if lacking_N.any() and not lacking_N.all():
         scored_NE = np.where(lacking_N[:, None], items_NE[~lacking_N].mean(axis=0), items_NE)
-    return VectorRanker(scored_NE, lambda rows, histories: users.vectors(items_NE, rows, histories), lacking_N)
+    own = partial(users.vectors, items_NE)
+    return VectorRanker(scored_NE, own, knows_new=False, lacking_N=lacking_N)
 
 
 def open_source(directory: Path, recipe: Recipe | None = None) -> Source:

@@ -5,7 +5,7 @@ source, E source dimension, L blocks, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +89,16 @@ class Encoder:
         """Return a ranker by these vectors, on this rank's device where memory has room for them."""
         items_NZ = self.items()
         fits = items_NZ.nbytes <= self.scratch.bytes
-        return VectorRanker(items_NZ, self.users, device=self.world.device if fits else CPU)
+        device, slots = self.world.device if fits else CPU, self.model.item.alignment
+        return VectorRanker(items_NZ, self.users, device=device, new_items=self.new_items if slots else None)
+
+    def new_items(self, rows: Rows) -> Float32:
+        """Return item vectors (B, Z) of some rows as if no source had vectors of them."""
+        nothing = {
+            name: replace(source, items_NE=np.broadcast_to(np.float32(0), source.items_NE.shape))
+            for name, source in self.sources.items()
+        }
+        return replace(self, sources=nothing).items(rows)
 
     def user_inputs(self, rows: Rows, histories: Sequence[Rows]) -> tuple[list[Encoded], Vectors]:
         """Return the prompts of users, and the vectors that their slots take."""

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+NEW = "new"
+"""The part of a fusion that gives 1 to new items, which no training has met, and 0 to all others."""
+
 
 def newest_first(histories: Sequence[Any], newest: int, decay: float) -> tuple[Any, Any, Any]:
     """Return what a neighbour table is read by after some histories.
@@ -55,26 +58,6 @@ def table_scores(table: tuple[Any, Any, Any], history: Any, newest: int, decay: 
     return score(sums)
 
 
-def known(lacking: Any) -> Any:
-    """Return the items with whose mean those that a model lacks are compared: the ones that it knows, or else all."""
-    return lacking if lacking.all() else ~lacking
-
-
-def predicted(first: Any, lacking: Any, slope: float, lists: bool) -> Any:
-    """Return what is added to the scores of a model for the items that it lacks, predicted from the first model's.
-
-    It is the slope times what the first model has above its mean, or above 0 if it lists the few items that it scores.
-
-    Args:
-        first: scores of the first model, (..., N), of numpy or torch.
-        lacking: marks the items, (N,).
-        slope: of the model's scores over those of the first.
-        lists: whether the first model lists items.
-    """
-    usual = 0.0 if lists else first[..., known(lacking)].mean(-1, keepdims=True)
-    return slope * (first - usual) * lacking
-
-
 def part_scores(
     parts: Mapping[str, Any], tables: Mapping[str, Any], query_VF: Any, history: Any, newest: int, decay: float
 ) -> dict[str, Any]:
@@ -101,23 +84,27 @@ def part_scores(
     return scores
 
 
-def shares(parts: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what each part of a fusion adds to the score of each item, (N,) by name.
+def item_weights(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weight of each item's score by each part of a fusion, (N,) by name, or one for all.
 
     Args:
-        parts: by name, each with `vectors_NZ`, `lacking_N` (marks of the items that it lacks, or None), `weight`,
-            `slope`.
-        scores: see `part_scores`; of the items that a part lacks, more is predicted.
+        parts: by name, each with `weight`, of known items, and `new_weight`, of new ones, which `vectors_NZ` of the
+            part `new` marks.
     """
-    first = next(iter(parts))
-    added = {}
-    for name, part in parts.items():
-        added[name] = scores[name]
-        if name != first and part.lacking_N is not None and part.lacking_N.any():
-            lists = parts[first].vectors_NZ is None
-            added[name] = scores[name] + predicted(scores[first], part.lacking_N, part.slope, lists)
-        added[name] = part.weight * added[name]
-    return added
+    if NEW not in parts:
+        return {name: part.weight for name, part in parts.items()}
+    new_N = parts[NEW].vectors_NZ[:, 0] > 0
+    return {name: np.where(new_N, part.new_weight, part.weight) for name, part in parts.items()}
+
+
+def shares(weights: Mapping[str, Any], scores: Mapping[str, Any]) -> Any:
+    """Return what each part of a fusion adds to the score of each item, (N, P).
+
+    Args:
+        weights: see `item_weights`.
+        scores: see `part_scores`.
+    """
+    return np.stack([np.asarray(weight, np.float32) * scores[name] for name, weight in weights.items()], 1)
 
 
 def factor_of_sums(weight: Any) -> Any:

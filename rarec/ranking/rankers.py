@@ -7,9 +7,9 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -19,29 +19,33 @@ import torch
 from scipy import sparse
 
 from rarec.distributed.world import CPU, SINGLE, World
-from rarec.neighbours.scores import newest_first, predicted, score
+from rarec.neighbours.scores import newest_first, score
 from rarec.ranking.rank import USERS_AT_A_TIME, EvalBatch, Scores, VectorScores, best_scores, rank_scores
 
 Float32 = npt.NDArray[np.float32]
 Ranks = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.integer]
+Mask = npt.NDArray[np.bool_]
 
 
 class Ranker(ABC):
     """A model as ranking sees it.
 
     Attributes:
-        lacking_N: marks items that it knows nothing of, such as those without an ID vector, which it scores as the mean
-            item; None for a model that knows something of every item, also of one that is added later.
-        lists: whether it scores the few items alone that it lists for a user, and all others 0.
+        knows_new: whether it has something to say of a new item, see `new_items`.
+        lacking_N: marks items without a vector, which are scored as the mean item; None for none.
     """
 
-    lacking_N: npt.NDArray[np.bool_] | None = None
-    lists: bool = False
+    knows_new: bool = True
+    lacking_N: Mask | None = None
 
     @abstractmethod
     def scored(self, chunk: EvalBatch) -> Scores:
         """Compute what the users of a chunk need once, such as their vectors; return their scores."""
+
+    def as_new(self, rows: Rows) -> "Ranker":
+        """Return the model as it is if no training has met some items, for one that knows new items."""
+        return self
 
     def scores(self, batch: EvalBatch) -> Float32:
         """Return the scores of the whole catalogue, (B, N)."""
@@ -64,20 +68,40 @@ class VectorRanker(Ranker):
     Attributes:
         items_NZ: the catalogue's vectors.
         users: maps user rows and histories to user vectors, (B, Z); or (B, K, Z), where the best of K scores counts.
+        knows_new: see `Ranker`.
         lacking_N: see `Ranker`.
         device: where scores are computed.
+        new_items: returns vectors of items as they are if no training has met them, (B, Z); None if they do not change.
     """
 
     items_NZ: Float32
     users: Callable[[Rows, Sequence[Rows]], Float32]
-    lacking_N: npt.NDArray[np.bool_] | None = None
+    knows_new: bool = True
+    lacking_N: Mask | None = None
     device: torch.device = CPU
+    new_items: Callable[[Rows], Float32] | None = None
 
     @classmethod
     def of_counts(cls, counts_N: Rows) -> "VectorRanker":
         """Rank by popularity: the log of how often each item occurs in training, the same for all users."""
-        logs_N1 = np.log1p(counts_N, dtype=np.float32)[:, None]
-        return cls(logs_N1, lambda rows, histories: np.ones((len(rows), 1), np.float32))
+        return cls._constant(np.log1p(counts_N, dtype=np.float32))
+
+    @classmethod
+    def of_new(cls, new_N: Mask) -> "VectorRanker":
+        """Rank new items before all others, the same for all users."""
+        return cls._constant(new_N.astype(np.float32))
+
+    @classmethod
+    def _constant(cls, scores_N: Float32) -> "VectorRanker":
+        return cls(scores_N[:, None], lambda rows, histories: np.ones((len(rows), 1), np.float32), knows_new=False)
+
+    def as_new(self, rows: Rows) -> "VectorRanker":
+        """See `Ranker`."""
+        if self.new_items is None:
+            return self
+        items_NZ = np.array(self.items_NZ)
+        items_NZ[rows] = self.new_items(rows)
+        return replace(self, items_NZ=items_NZ)
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
@@ -97,15 +121,13 @@ class NeighbourRanker(Ranker):
         table_NN: score of each item's neighbours, 0 for all others.
         newest: number of items of the history that are read.
         decay: factor by each older item.
-        lacking_N: see `Ranker`.
-        lists: see `Ranker`.
+        knows_new: see `Ranker`.
     """
 
     table_NN: sparse.csr_matrix
     newest: int
     decay: float
-    lacking_N: npt.NDArray[np.bool_] | None = None
-    lists: bool = field(default=True, init=False)
+    knows_new: bool = True
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
@@ -157,15 +179,22 @@ class CachedRanker(Ranker):
 
     def __init__(self, ranker: Ranker) -> None:
         self._ranker = ranker
-        self.lacking_N = ranker.lacking_N
-        self.lists = ranker.lists
+        self.knows_new, self.lacking_N = ranker.knows_new, ranker.lacking_N
         self._scores: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
+        self._as_new: dict[bytes, CachedRanker] = {}
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
         if chunk not in self._scores:
             self._scores[chunk] = self._ranker.scored(chunk)
         return copy(self._scores[chunk])  # whose large buffer goes with it; the original lives as long as its chunk
+
+    def as_new(self, rows: Rows) -> "CachedRanker":
+        """See `Ranker`; computed once, too."""
+        key = rows.tobytes()
+        if key not in self._as_new:
+            self._as_new[key] = CachedRanker(self._ranker.as_new(rows))
+        return self._as_new[key]
 
 
 @dataclass(frozen=True)
@@ -175,14 +204,16 @@ class FusedRanker(Ranker):
     Attributes:
         parts: the models.
         weights: of their scores.
-        slopes: of each model's score over the first one's. Of an item that a model lacks, the score is predicted: it is
-            above what the model has for it by the slope times what the first model has above its mean for the user, or
-            above 0 if the first model lists items.
+        new_weights: of their scores of new items.
+        new_N: marks the new items.
+        hidden_N: marks items that compete with no target where weights and orders are fitted; None for none.
     """
 
     parts: tuple[Ranker, ...]
     weights: tuple[float, ...]
-    slopes: tuple[float, ...]
+    new_weights: tuple[float, ...]
+    new_N: Mask
+    hidden_N: Mask | None = None
 
     def scored(self, chunk: EvalBatch) -> "FusedScores":
         """See `Ranker`."""
@@ -193,24 +224,22 @@ class FusedScores:
     """Scores of a `FusedRanker`."""
 
     def __init__(self, parts: list[Scores], ranker: FusedRanker) -> None:
-        self._parts, self._ranker = parts, ranker
+        self._parts, self._ranker, self.hidden_N = parts, ranker, ranker.hidden_N
         self.n_users, self.n_items = parts[0].n_users, parts[0].n_items
         self.width = sum(part.width for part in parts) + 1
 
     def parts(self, users: slice) -> Iterator[torch.Tensor]:
-        """Yield the scores of each part, (C, N), with those that are predicted for the items that it lacks."""
+        """Yield the scores of each part, (C, N), on the first one's device."""
         first_CN = self._parts[0].block(users)
         yield first_CN
-        for scores, ranker, slope in zip(self._parts[1:], self._ranker.parts[1:], self._ranker.slopes[1:], strict=True):
-            part_CN = scores.block(users).to(first_CN.device)
-            if ranker.lacking_N is not None and ranker.lacking_N.any():
-                lacking_N = torch.from_numpy(ranker.lacking_N).to(first_CN.device)
-                part_CN = part_CN + predicted(first_CN, lacking_N, slope, self._ranker.parts[0].lists)
-            yield part_CN
+        yield from (scores.block(users).to(first_CN.device) for scores in self._parts[1:])
 
     def shares(self, users: slice) -> Iterator[torch.Tensor]:
         """Yield what each part adds to the score, (C, N)."""
-        return (weight * part_CN for part_CN, weight in zip(self.parts(users), self._ranker.weights, strict=True))
+        ranker = self._ranker
+        for part_CN, weight, new_weight in zip(self.parts(users), ranker.weights, ranker.new_weights, strict=True):
+            weights_N = np.where(ranker.new_N, new_weight, weight).astype(np.float32)
+            yield torch.from_numpy(weights_N).to(part_CN.device) * part_CN
 
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
@@ -218,6 +247,19 @@ class FusedScores:
         for share_CN in self.shares(users):
             sum_CN = sum_CN + share_CN
         return sum_CN
+
+
+def new_items(counts_N: Rows, parts: Iterable[Ranker]) -> Mask:
+    """Return marks of the items that no training has met, and no model has a vector of from elsewhere, (N,).
+
+    Args:
+        counts_N: training interactions of each item.
+        parts: of a fusion.
+    """
+    new_N: Mask = counts_N == 0
+    for part in parts:
+        new_N = new_N if part.lacking_N is None else new_N & part.lacking_N
+    return new_N
 
 
 def rank_users(

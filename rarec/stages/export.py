@@ -116,7 +116,7 @@ class ExportStage(Stage):
 
         run = self.run
         items = run.dataset
-        parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "slope": 0.0}}
+        parts = fusions.get(row) or {"id" if row == ID_ONLY else row: {"weight": 1.0, "new_weight": 1.0}}
         trained = next((self._trained(name) for name in parts if name in run.config.variants), None)
         sources = dict(run.sources) if trained else {}
         if "id" in parts:

@@ -38,7 +38,8 @@ class EvaluateStage(Stage):
         config = self.run.config
         sections = config.sections("evaluate", "report", "neighbours")
         variants = {"variants": list(config.variants), "main": config.main_variant.name}
-        return {"seed": config.run.seed, **sections, **variants}
+        form = {"fusion": "weights of new items"}  # an evaluation of earlier versions has none, and is made anew
+        return {"seed": config.run.seed, **form, **sections, **variants}
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""

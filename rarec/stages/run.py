@@ -370,8 +370,7 @@ class Run:
 
         config = self.config.neighbours
         table_NN = read_table(self.stage("neighbours", name).checked() / TABLE, self.dataset.n_items, self.scratch)
-        lacking_N = None if config.class_of(name).knows_new_items else self.dataset.train_counts_N == 0
-        return NeighbourRanker(table_NN, config.newest, config.decay, lacking_N)
+        return NeighbourRanker(table_NN, config.newest, config.decay, config.class_of(name).knows_new_items)
 
     def _evaluated(self, name: str) -> Path:
         """Return a file of the evaluation, checked to be of the variants as they are configured."""
