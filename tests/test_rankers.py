@@ -13,7 +13,16 @@ from rarec.evaluation.fusion import Fusion, Likelihood, ValidationLikelihood, fu
 from rarec.evaluation.rows import pairs_of_interest
 from rarec.ranking.learned import candidates_of
 from rarec.ranking.rank import EvalBatch, VectorScores, rank_scores
-from rarec.ranking.rankers import CachedRanker, FusedRanker, NeighbourRanker, Ranker, VectorRanker, rank_users
+from rarec.ranking.rankers import (
+    CachedRanker,
+    FusedRanker,
+    NeighbourRanker,
+    Ranker,
+    UnmetRanker,
+    VectorRanker,
+    new_items,
+    rank_users,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -93,7 +102,8 @@ def test_new_items_have_weights_of_their_own_that_the_targets_follow():
     batch = EvalBatch(
         np.arange(users), [np.array([], int)] * users, (scores_UN + rng.gumbel(size=scores_UN.shape)).argmax(1)
     )
-    text, ids = ranker(text_UN, np.eye(items)), replace(ranker(id_UN, np.eye(items)), knows_new=False)
+    text, ids = ranker(text_UN, np.eye(items)), ranker(id_UN, np.eye(items))
+    text, ids = replace(text, encode_unmet=pytest.fail), replace(ids, knows_new=False)  # none is pretended to be new
     fusion = fuse({"text": text, "id": ids}, batch, np.where(new_N, 0, 9))
     of_text, of_ids, _ = fusion.ranker.weights
     new_text, new_ids, constant = fusion.ranker.new_weights
@@ -122,7 +132,7 @@ def test_where_no_new_item_is_taken_every_tenth_counts_as_new():
         asked.append(rows.tolist())
         return np.zeros((len(rows), items), np.float32)
 
-    variant = CachedRanker(replace(ranker(scores_UN, np.eye(items)), new_items=without))
+    variant = CachedRanker(replace(ranker(scores_UN, np.eye(items)), encode_unmet=without))
     fusion, again = (fuse({"variant": variant}, batch, counts_N) for _ in range(2))
     assert asked == [every_tenth], "they are encoded once"
     assert fusion.parts == again.parts
@@ -130,11 +140,28 @@ def test_where_no_new_item_is_taken_every_tenth_counts_as_new():
     assert (weight, constant) == pytest.approx((1, 0.5), abs=0.12), "the mean of exp of a normal score"
     scores_BN = fusion.ranker.scores(batch)
     assert scores_BN[:, :-1] == pytest.approx(weight * scores_UN[:, :-1], abs=1e-5), "they are known where users rank"
-    taught = fusion.taught
+    taught = fusion.ranker.taught
     assert np.flatnonzero(taught.new_N).tolist() == [*every_tenth, 40]
     assert taught.scores(batch)[:, every_tenth] == pytest.approx(constant)
     for candidates, _ in candidates_of(taught, batch, 3000):
         assert not (candidates.rows_BK == 40).any()
+
+
+def test_an_item_without_an_id_vector_is_new_whatever_the_interactions():
+    lacking = replace(ranker(np.ones((2, 1)), np.ones((4, 1))), lacking_N=np.array([True, False, True, False]))
+    assert new_items(np.array([3, 0, 0, 5]), [lacking, lacking]).tolist() == [True, True, True, False]
+    assert new_items(np.array([3, 0]), [VectorRanker.of_counts(np.array([3, 0]))]).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_a_model_that_has_not_met_some_items_has_the_scores_of_their_other_vectors(several):
+    rng = np.random.default_rng(0)
+    users, items, others = rng.normal(size=(6, several, 4)), rng.normal(size=(9, 4)), rng.normal(size=(2, 4))
+    batch = EvalBatch(np.arange(6), [np.array([], int)] * 6, np.zeros(6, int))
+    rows, changed = np.array([7, 2]), items.copy()
+    changed[rows] = others
+    unmet = UnmetRanker(CachedRanker(ranker(users, items)), rows, others.astype(np.float32))
+    assert unmet.scores(batch) == pytest.approx(ranker(users, changed).scores(batch), abs=1e-5)
 
 
 def test_a_fusion_does_not_depend_on_how_many_scores_are_held_at_a_time(monkeypatch):
@@ -391,6 +418,21 @@ def test_of_a_large_catalogue_and_many_users_some_chunks_of_users_are_kept(monke
     some = [chunked.kept[0], chunked.kept[3]]
     expected = [ValidationLikelihood(ranker, one, every_term(ranker))(np.ones(3)).slope for one in some]
     assert weights.slope == pytest.approx(np.mean(expected, 0), abs=1e-5)
+
+
+def test_in_a_large_catalogue_of_low_scores_the_candidates_of_a_term_are_items_that_it_concerns(monkeypatch):
+    """New items, which the ID scores do not concern, are no better than items of negative scores."""
+    rng, users, items = np.random.default_rng(0), 1500, 300
+    new_N = np.arange(items) % 10 == 0
+    text_UN, id_UN = rng.standard_normal((2, users, items)) - 30
+    scores_UN = np.where(new_N, text_UN, id_UN) + rng.gumbel(size=(users, items))
+    batch = EvalBatch(np.arange(users), [np.array([], int)] * users, scores_UN.argmax(1))
+    parts = {"text": ranker(text_UN, np.eye(items)), "id": replace(ranker(id_UN, np.eye(items)), knows_new=False)}
+    whole = fuse(parts, batch, np.where(new_N, 0, 9)).ranker
+    for name, size in {"WHOLE": items - 1, "BEST": 20, "DRAWN": 60}.items():
+        monkeypatch.setattr(late_fusion, name, size)
+    few = fuse(parts, batch, np.where(new_N, 0, 9)).ranker
+    assert few.new_weights[0] / few.weights[1] == pytest.approx(whole.new_weights[0] / whole.weights[1], rel=0.05)
 
 
 def test_in_a_large_catalogue_candidates_lead_to_about_the_weights_of_all_items(monkeypatch):

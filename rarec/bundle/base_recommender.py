@@ -204,8 +204,8 @@ class BaseRecommender(ABC):
         row = int(self._known([item])[0])
         shares_NP = self._row.shares(self.queries([rows])[0], rows)
         above_P = (shares_NP[row] - shares_NP.mean(0)).tolist()
-        each = zip(self._row.parts.items(), above_P, strict=True)
-        shares = {part.title: above for (name, part), above in each if name != NEW or above}
+        each = zip(self._row.parts.items(), shares_NP[row], above_P, strict=True)
+        shares = {part.title: above for (name, part), share, above in each if name != NEW or share}
         return Explanation(item, self.catalogue.titles[row], shares, self._nearest(rows, row, k))
 
     def _nearest(self, rows: Rows, row: int, k: int) -> list[Recommended]:
@@ -252,11 +252,12 @@ class BaseRecommender(ABC):
 
     def _shares_of_new(self, query_VF: Float32, history: Rows, title: str, text: str) -> Float32:
         """Return what each part would add to the score of an item if `rarec items add` had added it, (P,)."""
+        vector_Z = self.encode_new(title, text)  # refused of a row without a variant
         variant = self._row.compared
-        assert variant is not None  # a row without one has no `place`
+        assert variant is not None
         sizes = [part.vectors_NZ.shape[1] for part in self._row.dense.values() if part.vectors_NZ is not None]
         queries = dict(zip(self._row.dense, np.split(query_VF, np.cumsum(sizes)[:-1], 1), strict=True))
-        scores = {variant: float((queries[variant] @ self.encode_new(title, text)).max()), NEW: 1.0}
+        scores = {variant: float((queries[variant] @ vector_Z).max()), NEW: 1.0}
         scores |= {name: self._near_new(finder, history, title, text) for name, finder in self._new_items.items()}
         return np.array([part.new_weight * scores.get(name, 0.0) for name, part in self._row.parts.items()], np.float32)
 

@@ -298,12 +298,6 @@ class Bundle:
         models = map(built_in, self.tables)
         return bool(self.facts["model"]) and any(model.reads_llm for model in models if model)
 
-    def knows_new_items(self, name: str) -> bool:
-        """Return whether a neighbour model has something to say of an item without training interactions."""
-        model = built_in(name)
-        own = (self.facts["neighbours"] or {}).get("new_items", ())
-        return bool(model.knows_new_items) if model else name in own
-
     @cached_property
     def variant(self) -> Variant:
         """The definition of the variant."""

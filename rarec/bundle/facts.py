@@ -97,8 +97,6 @@ class _Neighbours(Section):
     newest: Positive
     decay: Share
     top: Positive
-    new_items: list[str] = Field(default=[])
-    """Models of the user's own that know new items."""
 
 
 def _complete(settings: _Sections) -> _Sections:

@@ -40,8 +40,8 @@ def add_items(
 ) -> tuple[Path, int]:
     """Write a version of a bundle with the items of a table; return its folder and their number.
 
-    Only the new items' prompts are encoded. What the ID models and the neighbour tables do not know of them is
-    predicted from their words, as of any item without a vector. No score of another item changes.
+    Only the new items' prompts are encoded. They are scored with the weights of new items. No score of another item
+    changes.
 
     Args:
         parts: of the bundle.

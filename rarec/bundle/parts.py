@@ -204,8 +204,8 @@ class Parts:
         self.ranker = DenseForm(self.row, self.rankers)
         self._whole: Ranker = self.ranker
         if bundle.order is not None:
-            each = bundle.facts["parts"].values()
-            weights, new_weights = (tuple(part[name] for part in each) for name in ("weight", "new_weight"))
+            each = self.row.parts.values()
+            weights, new_weights = tuple(part.weight for part in each), tuple(part.new_weight for part in each)
             fused = FusedRanker(tuple(self.rankers.values()), weights, new_weights, new_N)
             self._whole = LearnedRanker(fused, bundle.order)
 
@@ -234,7 +234,7 @@ class Parts:
         if name == "id":
             return bundle.sources[facts["id_model"]].ranker()
         rule = facts["neighbours"]
-        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"], bundle.knows_new_items(name))
+        return NeighbourRanker(bundle.near[name], rule["newest"], rule["decay"])
 
     def _row(self) -> Row:
         facts, near = self.bundle.facts, self.bundle.near

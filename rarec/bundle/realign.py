@@ -105,7 +105,7 @@ def realign(
         sources[name], figures[name] = _realigned(old, models[name], rows_N, histories, least)
         users = {"kind": "mapped", "inner": models[name].manifest["settings"]["users"]}
         facts["sources"][name] = {**facts["sources"][name], "users": users, "hash": models[name].hash}
-    vectors = {IDS + name: source.items_NE for name, source in sources.items()}
+    vectors = {**bundle.vectors, **{IDS + name: source.items_NE for name, source in sources.items()}}
     if MODEL in bundle.vectors:
         encoder = parts.model.encoder_over(sources)
         vectors[MODEL] = encoder.items()

@@ -29,8 +29,6 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
-LEAST = 1e-6
-"""Smallest weight of a neighbour table: from exported tables, whose scores are times it, the scores can be told."""
 Table = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], Float32]
 """A neighbour table by item: where the item's neighbours begin and end (N + 1,), all neighbours (P,), their scores."""
 
@@ -104,14 +102,15 @@ class Row:
     def items_NF(self) -> Float32:
         """The item vectors of the dense form: those of each dense part times its weight, side by side."""
         vectors = {name: part.vectors_NZ for name, part in self.dense.items() if part.vectors_NZ is not None}
-        tables = [np.multiply(self.item_weights[name], table_NZ.T).T for name, table_NZ in vectors.items()]
+        weights = {name: np.asarray(self.item_weights[name], np.float32) for name in vectors}
+        tables = [(weights[name] * table_NZ.T).T for name, table_NZ in vectors.items()]
         count = len(tables[0]) if tables else len(next(iter(self.tables.values()))[0]) - 1
         return np.concatenate([np.zeros((count, 0)), *tables], 1, dtype=np.float32)
 
     @cached_property
     def table_weights(self) -> dict[str, Float64]:
-        """The weight of each item's score by each neighbour table, (N,) by name; never 0, which no score survives."""
-        weights = {name: np.maximum(weight, LEAST) for name, weight in self.item_weights.items()}
+        """The weight of each item's score by each neighbour table, (N,) by name."""
+        weights = self.item_weights
         return {name: np.broadcast_to(weights[name], len(starts) - 1) for name, (starts, *_) in self.tables.items()}
 
     @cached_property

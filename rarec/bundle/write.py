@@ -24,7 +24,6 @@ from rarec.bundle.bundle import ENCODERS, FACTS, IDS, ITEMS, MODEL, ORDER, TABLE
 from rarec.bundle.facts import SCHEMA
 from rarec.bundle.recommended import Catalogue
 from rarec.config import MODEL_SECTIONS, RunConfig, Variant
-from rarec.config.neighbours import built_in
 from rarec.data.tables import write_rows
 from rarec.errors import UserError
 from rarec.evaluation.results import (
@@ -42,6 +41,7 @@ from rarec.models.build import save_weights
 from rarec.models.towers import RaRec
 from rarec.neighbours.base import SCHEMA as ROWS
 from rarec.neighbours.base import TABLE
+from rarec.neighbours.scores import NEW
 from rarec.storage.artefacts import write_manifest
 from rarec.storage.directories import new_directory
 from rarec.storage.files import open_to_lock, write_json, write_text
@@ -133,8 +133,6 @@ def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
     trained = contents.trained
     section = config.neighbours
     neighbours: dict[str, Any] = {name: getattr(section, name) for name in ("newest", "decay", "top")}
-    own = [name for name in contents.tables if built_in(name) is None and section.class_of(name).knows_new_items]
-    neighbours |= {"new_items": own} if own else {}
     places = {"path", "table"}
     tables = config.prepare.model_dump(
         mode="json",
@@ -248,7 +246,7 @@ def write_card(
         str(TEMPLATE),
         title=variant_title(contents.row),
         verdict=verdict,
-        parts=[part_title(name) for name in contents.parts],
+        parts=[part_title(name) for name in contents.parts if name != NEW],
         parameters=figures["trained_parameters"],
         # as Python literals: an id may hold a quote, or end the block of code
         examples=[ascii(item).replace("`", r"\x60") for item in catalogue.ids[:2].to_pylist()],

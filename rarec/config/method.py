@@ -203,7 +203,7 @@ def variant_of(given: str) -> Variant:
     if given in VARIANTS:
         return VARIANTS[given]
     variant = cast(Variant, find("variants", given, VARIANTS))
-    check_own_name(given, variant.name, (*VARIANTS, *NO_VARIANTS))
+    check_own_name(given, variant.name, (*VARIANTS, *NO_VARIANTS, "id", "new"))
     VARIANT_TITLES[variant.name] = variant.title
     return variant
 

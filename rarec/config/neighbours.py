@@ -39,7 +39,7 @@ def _check_model(entry: str) -> str:
     if entry not in BUILT_IN:
         model = find(KIND, entry)
         name = _name_of(entry)
-        check_own_name(entry, name, (*BUILT_IN, *VARIANTS, *NO_VARIANTS, "id"))
+        check_own_name(entry, name, (*BUILT_IN, *VARIANTS, *NO_VARIANTS, "id", "new"))
         _OWN_TITLES[name] = model.title
     return entry
 

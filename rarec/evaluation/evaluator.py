@@ -76,7 +76,6 @@ class Evaluator:
         self.orders: dict[str, npt.NDArray[Any]] = {}
         self.diagnostics: dict[str, Any] | None = None
         self._flat: set[str] = set()
-        self._taught: dict[str, FusedRanker] = {}
         total = len(self.test.targets)
         rows = np.random.default_rng(self.seed).choice(total, min(config.report.examples, total), replace=False)
         self._example_rows = np.sort(rows)  # drawn at random, so that nobody picks flattering ones
@@ -191,7 +190,6 @@ class Evaluator:
             self.say(f"{part_title(name)}: every item has the same score, so it adds nothing to a fusion")
         self._flat.update(fusion.flat)
         self.fusions[row] = fusion.parts
-        self._taught[row] = fusion.taught
         return {row: fusion.ranker}
 
     def _learned(self, row: str, rankers: Mapping[str, Ranker]) -> dict[str, Ranker]:
@@ -200,10 +198,10 @@ class Evaluator:
         A validation user is ranked by an order that was learned without a half of the validation users, this one in it.
         """
         fusion = rankers.get(row)
-        if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker):
+        if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker) or not fusion.taught:
             return {}
         targets = self.dataset.targets("validation", self.config.evaluate.learned_users, self.seed)
-        examples = examples_of(self._taught[row], EvalBatch.of(self.dataset, targets))
+        examples = examples_of(fusion.taught, EvalBatch.of(self.dataset, targets))
         validation = self.validation
         halves = [slice(half, None, 2) for half in range(2)]
         rest = [examples.without(validation.user_rows[half]) for half in halves]

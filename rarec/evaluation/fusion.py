@@ -4,11 +4,11 @@ Late fusion of text and ID scores is the baseline that soft prompts must beat. T
 likelihood on validation users: the weighted sum is the logit of a softmax over the items that a user has not seen. A
 top-k metric would serve as well, but is nearly flat over the weights, so a few users would decide.
 
-Shape letters: P parts, B users of a block, N catalogue, M candidates of a user.
+Shape letters: P parts or terms, B users of a block, N catalogue, M candidates of a user.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rarec.neighbours.scores import NEW
 from rarec.ranking.rank import EvalBatch, largest
-from rarec.ranking.rankers import FusedRanker, Ranker, VectorRanker, new_items
+from rarec.ranking.rankers import FusedRanker, Ranker, UnmetRanker, VectorRanker, new_items
 
 COMPARED_USERS = 64
 FLAT = 1e-5
@@ -29,7 +29,7 @@ WHOLE = 100_000
 BEST, DRAWN = 100, 2_000
 """A user's candidates are the best items by each part, and some drawn at random that stand for all others."""
 CHUNKS = 2
-"""Number of chunks of users, spread over all of them, whose candidates are kept: 86 kB a user with seven parts."""
+"""Number of chunks of users, spread over all of them, whose candidates are kept: 0.2 MB a user with eight parts."""
 _SEED = 17
 _BLOCK = 1 << 22
 """Number of scores in a block, those of all parts together."""
@@ -52,14 +52,12 @@ class Fusion:
 
     Attributes:
         ranker: the fused model.
-        taught: the same where items are new that the weights were fitted with as new.
         parts: what it takes to score again, by part in the ranker's order: `share` (its weight relative to the spread
             of its scores: not negative, all sum to 1), `weight` and `new_weight` (see `FusedRanker`).
         flat: names of parts that give every item the same score, which adds nothing.
     """
 
     ranker: FusedRanker
-    taught: FusedRanker
     parts: dict[str, dict[str, float]]
     flat: list[str]
 
@@ -81,16 +79,16 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch, counts_N: Counts) -
     taught_N = new_N.copy()
     taught_N[rows] = True
     hidden_N = new_N if few else None  # perhaps nobody could take them yet
-    rankers = *parts.values(), VectorRanker.of_new(new_N)
-    as_new = *(part.as_new(rows) if part.knows_new else part for part in parts.values()), VectorRanker.of_new(taught_N)
-    ones = (1.0,) * len(rankers)
-    fitted = _fitted(FusedRanker(as_new, ones, ones, taught_N, hidden_N), validation)
+    unmet = *(_unmet(part, rows) for part in parts.values()), VectorRanker.of_new(taught_N)
+    ones = (1.0,) * len(unmet)
+    plain = FusedRanker(unmet, ones, ones, taught_N, hidden_N)
+    fitted = _fitted(plain, validation)
     weights, new_weights = tuple(fitted.weights_P.tolist()), tuple(fitted.new_weights_P.tolist())
-    names = [*parts, NEW]
-    each = zip(names, fitted.shares_P.tolist(), weights, new_weights, strict=True)
+    taught = replace(plain, weights=weights, new_weights=new_weights)
+    rankers = *parts.values(), VectorRanker.of_new(new_N)
+    each = zip([*parts, NEW], fitted.shares_P.tolist(), weights, new_weights, strict=True)
     return Fusion(
-        FusedRanker(rankers, weights, new_weights, new_N),
-        FusedRanker(as_new, weights, new_weights, taught_N, hidden_N),
+        FusedRanker(rankers, weights, new_weights, new_N, taught=taught),
         {name: {"share": share, "weight": weight, "new_weight": new} for name, share, weight, new in each},
         [name for name, spread in zip(parts, fitted.spreads_P, strict=False) if np.isinf(spread)],
     )
@@ -100,6 +98,12 @@ def pretended(counts_N: Counts) -> Rows:
     """Return every tenth of the items that occur in training, in the order of their popularity."""
     order = np.argsort(-counts_N, kind="stable")
     return np.sort(order[: np.count_nonzero(counts_N)][TENTH // 2 :: TENTH])
+
+
+def _unmet(part: Ranker, rows: Rows) -> Ranker:
+    """Return a model as it is if no training has met some items; one that knows no new item is as it was."""
+    vectors_BZ = part.unmet(rows) if part.knows_new and len(rows) else None
+    return part if vectors_BZ is None else UnmetRanker(part, rows, vectors_BZ)
 
 
 class _Fitted(NamedTuple):
@@ -124,7 +128,7 @@ def _fitted(ranker: FusedRanker, validation: EvalBatch) -> _Fitted:
     known_P = np.append(fitted[:last] if fitted[:last].any() else np.ones(last), 0.0)
     new_P = np.zeros(last + 1)
     new_P[[*knowing, last]] = [*fitted[last:-2], fitted[-2] - fitted[-1]]
-    scale = (known_P / spreads_P).max() or 1.0  # so that float32 can represent the sum, whatever the scales
+    scale = np.abs([known_P / spreads_P, new_P / spreads_P]).max() or 1.0  # so that float32 can represent the sum
     return _Fitted(spreads_P, known_P / known_P.sum(), known_P / spreads_P / scale, new_P / spreads_P / scale)
 
 
@@ -154,7 +158,7 @@ class Candidates:
     """The items that some users' targets compete with.
 
     Attributes:
-        scores_PBM: standardised scores.
+        scores_PBM: the terms that have weights; see `ValidationLikelihood`.
         stands_for_BM: log of the number of items that each one stands for; -inf for those that do not compete.
         targets_B: columns of the targets.
     """
@@ -164,12 +168,14 @@ class Candidates:
     targets_B: Tensor
 
     def thinned(self, drawn_S: Tensor) -> "Candidates":
-        """Return the target, each part's best items, and the drawn ones, which stand for all that are not among these.
+        """Return the target, each term's best items, and the drawn ones, which stand for all that are not among these.
 
         Args:
             drawn_S: columns, drawn evenly and without repetition.
         """
-        best = [largest(part_BM + self.stands_for_BM, BEST)[1] for part_BM in self.scores_PBM]
+        # 0 is the score of an item that a term does not concern
+        concerned = (part_BM.where(part_BM != 0, -torch.inf) for part_BM in self.scores_PBM)
+        best = [largest(part_BM + self.stands_for_BM, BEST)[1] for part_BM in concerned]
         best_BK = torch.cat([self.targets_B[:, None], *best], 1)
         times_BM = torch.zeros_like(self.stands_for_BM)
         times_BM.scatter_add_(1, best_BK, torch.ones_like(best_BK, dtype=times_BM.dtype))

@@ -144,7 +144,7 @@ class Vectors(Target):
         weights = dict[str, float]()
         for name, weight_N in row.table_weights.items():
             table_NN, weights[name] = bundle.near[name], row.parts[name].weight
-            if (weight_N != weights[name]).any():
+            if (weight_N[table_NN.indices] != weights[name]).any():
                 table_NN, weights[name] = table_NN.copy(), 1.0
                 table_NN.data *= factor_of_sums(weight_N)[table_NN.indices]
             (directory / TABLES).mkdir(exist_ok=True)

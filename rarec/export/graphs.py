@@ -158,7 +158,7 @@ class QueryGraph(nn.Module):
     def _part(self, name: str, vectors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
         if name == "id":
             return vectors[self.id_model]
-        if name != self.variant:  # popularity
+        if name != self.variant:  # popularity, and whether an item is new
             return torch.ones_like(given["history"][:, :1, None], dtype=torch.float32)
         encoded: Tensor = self.encode(self.slots(vectors, given), given)
         return encoded[:, None]

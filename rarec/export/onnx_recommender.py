@@ -66,14 +66,12 @@ class OnnxRecommender(BaseRecommender):
         return replace(row, tables={name: self._own_table(row, name) for name in exported}, order=client.order)
 
     def _own_table(self, row: Row, name: str) -> Table:
-        """Return a neighbour table with its own scores, which are scaled in the client's where it predicts others."""
+        """Return a neighbour table with its own scores; in the client's they may be times their items' weights."""
         starts, neighbours, values = row.tables[name]
-        weight_N = row.table_weights[name]
-        exported = self._client.facts["neighbours"][name]
-        factor_N = np.divide(exported, weight_N, out=np.ones(len(weight_N)), where=weight_N > 0)
-        if (factor_N == 1).all():
+        if self._client.facts["neighbours"][name] != 1:
             return row.tables[name]
-        return starts, neighbours, (values * factor_of_sums(factor_N)[neighbours]).astype(np.float32)
+        factor_N = factor_of_sums(row.table_weights[name])
+        return starts, neighbours, (values / factor_N[neighbours]).astype(np.float32)
 
     def _missing(self) -> dict[str, NotOffered]:
         if not self._row.parts:

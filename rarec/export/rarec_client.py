@@ -56,7 +56,9 @@ class Client:
         lists = {name: texts[name].chunk(0) for name in texts.column_names} if texts else {}
         self.order = LearnedOrder(**self.arrays("order.npz")) if "order.npz" in self.files else None
         self.parts = self._parts() if self.order else {}
-        self.weights = {**item_weights(self.parts), **self.facts["neighbours"]}  # whose tables have others within
+        self.weights = item_weights(self.parts)
+        for name in set(self.weights) & set(self.tables):  # which have the items' weights within, if they differ
+            self.weights[name] = self.facts["neighbours"][name] * (self.weights[name] > 0)
         self.pieces = {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in lists.items()}
 
     def checked(self, name: str) -> str:

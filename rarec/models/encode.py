@@ -90,9 +90,9 @@ class Encoder:
         items_NZ = self.items()
         fits = items_NZ.nbytes <= self.scratch.bytes
         device, slots = self.world.device if fits else CPU, self.model.item.alignment
-        return VectorRanker(items_NZ, self.users, device=device, new_items=self.new_items if slots else None)
+        return VectorRanker(items_NZ, self.users, device=device, encode_unmet=self.unmet if slots else None)
 
-    def new_items(self, rows: Rows) -> Float32:
+    def unmet(self, rows: Rows) -> Float32:
         """Return item vectors (B, Z) of some rows as if no source had vectors of them."""
         nothing = {
             name: replace(source, items_NE=np.broadcast_to(np.float32(0), source.items_NE.shape))

@@ -260,6 +260,10 @@ class VectorScores:
         self._item_peak = _peak(self._items_ND, "item")
         self._out = self._items_ND.new_empty(0, self.n_items)
 
+    def of(self, items_BD: Array) -> "VectorScores":
+        """Return the scores of the same users for other items."""
+        return VectorScores(self._users, _tensor(items_BD).to(self._items_ND.device))
+
     def block(self, users: slice) -> torch.Tensor:
         """See `Scores`."""
         users_CKD = _tensor(self._users[users]).to(self._items_ND.device)

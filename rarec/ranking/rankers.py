@@ -9,7 +9,7 @@ Shape letters: B users of a chunk, U all users, N catalogue, K vectors of a user
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -43,9 +43,9 @@ class Ranker(ABC):
     def scored(self, chunk: EvalBatch) -> Scores:
         """Compute what the users of a chunk need once, such as their vectors; return their scores."""
 
-    def as_new(self, rows: Rows) -> "Ranker":
-        """Return the model as it is if no training has met some items, for one that knows new items."""
-        return self
+    def unmet(self, rows: Rows) -> Float32 | None:
+        """Return vectors of items as they are if no training has met them, (B, Z); None if they do not change."""
+        return None
 
     def scores(self, batch: EvalBatch) -> Float32:
         """Return the scores of the whole catalogue, (B, N)."""
@@ -71,7 +71,7 @@ class VectorRanker(Ranker):
         knows_new: see `Ranker`.
         lacking_N: see `Ranker`.
         device: where scores are computed.
-        new_items: returns vectors of items as they are if no training has met them, (B, Z); None if they do not change.
+        encode_unmet: see `Ranker.unmet`.
     """
 
     items_NZ: Float32
@@ -79,7 +79,7 @@ class VectorRanker(Ranker):
     knows_new: bool = True
     lacking_N: Mask | None = None
     device: torch.device = CPU
-    new_items: Callable[[Rows], Float32] | None = None
+    encode_unmet: Callable[[Rows], Float32] | None = None
 
     @classmethod
     def of_counts(cls, counts_N: Rows) -> "VectorRanker":
@@ -95,13 +95,9 @@ class VectorRanker(Ranker):
     def _constant(cls, scores_N: Float32) -> "VectorRanker":
         return cls(scores_N[:, None], lambda rows, histories: np.ones((len(rows), 1), np.float32), knows_new=False)
 
-    def as_new(self, rows: Rows) -> "VectorRanker":
+    def unmet(self, rows: Rows) -> Float32 | None:
         """See `Ranker`."""
-        if self.new_items is None:
-            return self
-        items_NZ = np.array(self.items_NZ)
-        items_NZ[rows] = self.new_items(rows)
-        return replace(self, items_NZ=items_NZ)
+        return self.encode_unmet(rows) if self.encode_unmet else None
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
@@ -181,7 +177,7 @@ class CachedRanker(Ranker):
         self._ranker = ranker
         self.knows_new, self.lacking_N = ranker.knows_new, ranker.lacking_N
         self._scores: WeakKeyDictionary[EvalBatch, Scores] = WeakKeyDictionary()
-        self._as_new: dict[bytes, CachedRanker] = {}
+        self._unmet: dict[bytes, Float32 | None] = {}
 
     def scored(self, chunk: EvalBatch) -> Scores:
         """See `Ranker`."""
@@ -189,12 +185,46 @@ class CachedRanker(Ranker):
             self._scores[chunk] = self._ranker.scored(chunk)
         return copy(self._scores[chunk])  # whose large buffer goes with it; the original lives as long as its chunk
 
-    def as_new(self, rows: Rows) -> "CachedRanker":
+    def unmet(self, rows: Rows) -> Float32 | None:
         """See `Ranker`; computed once, too."""
         key = rows.tobytes()
-        if key not in self._as_new:
-            self._as_new[key] = CachedRanker(self._ranker.as_new(rows))
-        return self._as_new[key]
+        if key not in self._unmet:
+            self._unmet[key] = self._ranker.unmet(rows)
+        return self._unmet[key]
+
+
+@dataclass(frozen=True)
+class UnmetRanker(Ranker):
+    """A model of vectors as it is if no training has met some items.
+
+    Attributes:
+        ranker: the model.
+        rows: of these items.
+        items_BZ: their vectors; see `Ranker.unmet`.
+    """
+
+    ranker: Ranker
+    rows: Rows
+    items_BZ: Float32
+
+    def scored(self, chunk: EvalBatch) -> Scores:
+        """See `Ranker`."""
+        return UnmetScores(self.ranker.scored(chunk), self.rows, self.items_BZ)
+
+
+class UnmetScores:
+    """Scores of an `UnmetRanker`: the users' vectors are those of the model."""
+
+    def __init__(self, known: Scores, rows: Rows, items_BZ: Float32) -> None:
+        assert isinstance(known, VectorScores)
+        self._known, self._unmet, self._rows = known, known.of(items_BZ), torch.from_numpy(rows)
+        self.n_users, self.n_items, self.width = known.n_users, known.n_items, known.width + 1
+
+    def block(self, users: slice) -> torch.Tensor:
+        """See `Scores`."""
+        scores_CN = self._known.block(users)
+        scores_CN[:, self._rows.to(scores_CN.device)] = self._unmet.block(users)
+        return scores_CN
 
 
 @dataclass(frozen=True)
@@ -207,6 +237,7 @@ class FusedRanker(Ranker):
         new_weights: of their scores of new items.
         new_N: marks the new items.
         hidden_N: marks items that compete with no target where weights and orders are fitted; None for none.
+        taught: the fusion by which orders are learned, where items are new that the weights were fitted with as new.
     """
 
     parts: tuple[Ranker, ...]
@@ -214,6 +245,7 @@ class FusedRanker(Ranker):
     new_weights: tuple[float, ...]
     new_N: Mask
     hidden_N: Mask | None = None
+    taught: "FusedRanker | None" = None
 
     def scored(self, chunk: EvalBatch) -> "FusedScores":
         """See `Ranker`."""
@@ -250,7 +282,7 @@ class FusedScores:
 
 
 def new_items(counts_N: Rows, parts: Iterable[Ranker]) -> Mask:
-    """Return marks of the items that no training has met, and no model has a vector of from elsewhere, (N,).
+    """Return marks of the items that no training has met, or the ID model has no vector of, (N,).
 
     Args:
         counts_N: training interactions of each item.
@@ -258,7 +290,7 @@ def new_items(counts_N: Rows, parts: Iterable[Ranker]) -> Mask:
     """
     new_N: Mask = counts_N == 0
     for part in parts:
-        new_N = new_N if part.lacking_N is None else new_N & part.lacking_N
+        new_N = new_N if part.lacking_N is None else new_N | part.lacking_N
     return new_N
 
 

@@ -11,6 +11,7 @@ const REASONS = {
   EASE: "It goes with these products as a whole.",
   "similar words (TF-IDF)": "Its words are similar to theirs.",
   popularity: "It sells well.",
+  "a new item": "It is new.",
   ID: "Customers with such purchases went on to buy it.",
 };
 const OF_TEXT = "Its description fits what was bought.";
