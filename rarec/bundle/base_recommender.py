@@ -252,7 +252,7 @@ class BaseRecommender(ABC):
 
     def _shares_of_new(self, query_VF: Float32, history: Rows, title: str, text: str) -> Float32:
         """Return what each part would add to the score of an item if `rarec items add` had added it, (P,)."""
-        vector_Z = self.encode_new(title, text)  # refused of a row without a variant
+        vector_Z = self.encode_new(title, text)  # raises for a row without a variant
         variant = self._row.compared
         assert variant is not None
         sizes = [part.vectors_NZ.shape[1] for part in self._row.dense.values() if part.vectors_NZ is not None]

@@ -108,5 +108,8 @@ def shares(weights: Mapping[str, Any], scores: Mapping[str, Any]) -> Any:
 
 
 def factor_of_sums(weight: Any) -> Any:
-    """Return the factor on a table's scores that multiplies an item's score by a weight; never 0, so that it undoes."""
+    """Return the factor on a table's scores that multiplies an item's score by a weight.
+
+    It is never 0, so that the scores can be had back.
+    """
     return np.square(np.maximum(weight, 1e-6))

@@ -71,7 +71,7 @@ class VectorRanker(Ranker):
         knows_new: see `Ranker`.
         lacking_N: see `Ranker`.
         device: where scores are computed.
-        encode_unmet: see `Ranker.unmet`.
+        encode_unmet: computes what `Ranker.unmet` returns; None for a model whose vectors do not change.
     """
 
     items_NZ: Float32
