@@ -139,22 +139,36 @@ def test_it_learns_what_a_weighted_sum_cannot_say():
         EvalBatch(batch.user_rows[part], batch.histories[part], batch.targets[part])
         for part in (slice(1200), slice(1200, 1600))
     )
-    order = learn(examples_of(fused, learnt))
+    order = learn(examples_of([fused], learnt))
     ranks = rank_users(test, {"fused": fused, "learned": LearnedRanker(fused, order)})
     assert (ranks["learned"] == 1).mean() > (ranks["fused"] == 1).mean() + 0.2
-    again = learn(examples_of(fused, learnt))
+    again = learn(examples_of([fused], learnt))
     assert all(np.array_equal(getattr(order, name), getattr(again, name)) for name in ("first_FH", "bias_H", "last_H"))
+
+
+def test_what_never_differs_among_the_examples_is_not_read():
+    """An item that is the first with a share of the last part would else be ordered by the weight of noise."""
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(2, 600, ITEMS)).astype(np.float32)
+    parts[1] = 0
+    order = learn(examples_of([fusion(*parts)], users(parts[0].argmax(1))))
+    share, below, place = 1, 3, 5
+    assert (order.first_FH[[share, below]] == 0).all()
+    assert (order.first_FH[[0, place]] != 0).any(1).all()
 
 
 def test_examples_are_the_users_whose_target_is_a_candidate():
     scores = np.arange(ITEMS, 0, -1.0)[None].repeat(3, 0)
-    examples = examples_of(fusion(scores), users([1, 299, 7]))
+    examples = examples_of([fusion(scores)], users([1, 299, 7]))
     assert examples.user_rows.tolist() == [0, 2]
     assert examples.places_U.tolist() == [0, 6]
     assert examples.candidates.rows_BK[:, 0].tolist() == [1, 1]
     others = examples.without(np.array([0, 1]))
     assert (others.user_rows.tolist(), others.places_U.tolist()) == ([2], [6])
     assert others.candidates.shares_BKP.shape == (1, 200, 1)
+    twice = examples_of([fusion(scores), fusion(-scores)], users([1, 299, 7]))
+    assert twice.user_rows.tolist() == [0, 2, 1], "by each fusion's candidates"
+    assert twice.places_U.tolist() == [0, 6, 0]
 
 
 def test_names_titles_groups_and_pairs():

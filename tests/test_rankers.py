@@ -140,10 +140,13 @@ def test_where_no_new_item_is_taken_every_tenth_counts_as_new():
     assert (weight, constant) == pytest.approx((1, 0.5), abs=0.12), "the mean of exp of a normal score"
     scores_BN = fusion.ranker.scores(batch)
     assert scores_BN[:, :-1] == pytest.approx(weight * scores_UN[:, :-1], abs=1e-5), "they are known where users rank"
-    taught = fusion.ranker.taught
+    taught, known = fusion.ranker.taught
     assert np.flatnonzero(taught.new_N).tolist() == [*every_tenth, 40]
     assert taught.scores(batch)[:, every_tenth] == pytest.approx(constant)
     for candidates, _ in candidates_of(taught, batch, 3000):
+        assert not (candidates.rows_BK == 40).any()
+    assert np.array_equal(known.scores(batch), scores_BN), "orders are also learned where they are known"
+    for candidates, _ in candidates_of(known, batch, 3000):
         assert not (candidates.rows_BK == 40).any()
 
 

@@ -205,7 +205,7 @@ class Evaluator:
         validation = self.validation
         halves = [slice(half, None, 2) for half in range(2)]
         rest = [examples.without(validation.user_rows[half]) for half in halves]
-        if (fewest := min(len(each.places_U) for each in rest)) < FEWEST:
+        if (fewest := min(len(np.unique(each.user_rows)) for each in rest)) < FEWEST:
             if row == ID_ONLY + CHEAP:
                 few = f"{fewest:,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
                 self.say(f"no learned order, since only {few} items; {FEWEST} are needed")

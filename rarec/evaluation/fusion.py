@@ -84,11 +84,13 @@ def fuse(parts: Mapping[str, Ranker], validation: EvalBatch, counts_N: Counts) -
     plain = FusedRanker(unmet, ones, ones, taught_N, hidden_N)
     fitted = _fitted(plain, validation)
     weights, new_weights = tuple(fitted.weights_P.tolist()), tuple(fitted.new_weights_P.tolist())
-    taught = replace(plain, weights=weights, new_weights=new_weights)
+    taught = [replace(plain, weights=weights, new_weights=new_weights)]
     rankers = *parts.values(), VectorRanker.of_new(new_N)
+    if few:
+        taught.append(FusedRanker(rankers, weights, new_weights, new_N, new_N))
     each = zip([*parts, NEW], fitted.shares_P.tolist(), weights, new_weights, strict=True)
     return Fusion(
-        FusedRanker(rankers, weights, new_weights, new_N, taught=taught),
+        FusedRanker(rankers, weights, new_weights, new_N, taught=tuple(taught)),
         {name: {"share": share, "weight": weight, "new_weight": new} for name, share, weight, new in each},
         [name for name, spread in zip(parts, fitted.spreads_P, strict=False) if np.isinf(spread)],
     )

@@ -6,6 +6,7 @@ none of the candidates teaches nothing.
 Shape letters: U users, K candidates, P parts, F features, H hidden units.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ HIDDEN, EPOCHS, RATE, USERS_OF_A_STEP = 32, 5, 3e-3, 64
 Amazon Beauty: docs/experiments.md."""
 FEWEST = 500
 """Users whose target is among the candidates, at least: fewer teach noise."""
+_FLAT = 1e-6
 _USERS_AT_A_TIME = 256
 _SEED = 17
 
@@ -48,9 +50,9 @@ class Examples(NamedTuple):
         return Examples(self.user_rows[kept_U], own, self.places_U[kept_U])
 
 
-def examples_of(ranker: FusedRanker, batch: EvalBatch) -> Examples:
-    """Return the examples of some users."""
-    each = list(candidates_of(ranker, batch, _USERS_AT_A_TIME))
+def examples_of(rankers: Sequence[FusedRanker], batch: EvalBatch) -> Examples:
+    """Return the examples of some users, by the candidates of each fusion."""
+    each = [pair for ranker in rankers for pair in candidates_of(ranker, batch, _USERS_AT_A_TIME)]
     width = min(candidates.rows_BK.shape[1] for candidates, _ in each)  # of a small catalogue, by the longest history
     rows_UK = np.concatenate([candidates.rows_BK[:, :width] for candidates, _ in each])
     shares_UKP = np.concatenate([candidates.shares_BKP[:, :width] for candidates, _ in each])
@@ -58,7 +60,7 @@ def examples_of(ranker: FusedRanker, batch: EvalBatch) -> Examples:
     is_target_UK = rows_UK == np.concatenate([targets for _, targets in each])[:, None]
     kept_U = is_target_UK.any(1)
     candidates = Candidates(rows_UK[kept_U], shares_UKP[kept_U], lengths_U2[kept_U])
-    return Examples(batch.user_rows[kept_U], candidates, is_target_UK.argmax(1)[kept_U])
+    return Examples(np.tile(batch.user_rows, len(rankers))[kept_U], candidates, is_target_UK.argmax(1)[kept_U])
 
 
 def learn(examples: Examples) -> LearnedOrder:
@@ -67,8 +69,9 @@ def learn(examples: Examples) -> LearnedOrder:
     features_UKF = torch.from_numpy(candidates.features_BKF)
     whole_UK = torch.from_numpy(candidates.shares_BKP.sum(2))
     places_U = torch.from_numpy(targets_U)
-    flat = features_UKF.flatten(0, 1).double()
-    center_F, scale_F = flat.mean(0).float(), flat.std(0).clamp_min(1e-6).float()
+    moments = [(feature_UK.mean(), feature_UK.std()) for feature_UK in map(Tensor.double, features_UKF.unbind(2))]
+    center_F, spread_F = torch.tensor(moments).float().T
+    scale_F = spread_F.where(spread_F > _FLAT, torch.inf)  # a feature that never differs is not read
     features_UKF = (features_UKF - center_F) / scale_F
     unit = float(whole_UK.std()) or 1.0
     draws = torch.Generator().manual_seed(_SEED)

@@ -237,7 +237,8 @@ class FusedRanker(Ranker):
         new_weights: of their scores of new items.
         new_N: marks the new items.
         hidden_N: marks items that compete with no target where weights and orders are fitted; None for none.
-        taught: the fusion by which orders are learned, where items are new that the weights were fitted with as new.
+        taught: the fusions by whose candidates orders are learned: one where those items are new that the weights were
+            fitted with as new; if these are pretended, one where they are known, too.
     """
 
     parts: tuple[Ranker, ...]
@@ -245,7 +246,7 @@ class FusedRanker(Ranker):
     new_weights: tuple[float, ...]
     new_N: Mask
     hidden_N: Mask | None = None
-    taught: "FusedRanker | None" = None
+    taught: tuple["FusedRanker", ...] = ()
 
     def scored(self, chunk: EvalBatch) -> "FusedScores":
         """See `Ranker`."""
