@@ -1,6 +1,7 @@
 """The learned order: features and scores by hand, what it learns, that no other item passes a candidate, its row."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from rarec.export.rarec_client import Client
 from rarec.ranking.learned import LearnedRanker, best_of
 from rarec.ranking.order import Candidates, LearnedOrder, reordered
 from rarec.ranking.rank import EvalBatch
-from rarec.ranking.rankers import FusedRanker, VectorRanker, rank_users
+from rarec.ranking.rankers import CachedRanker, FusedRanker, VectorRanker, rank_users
 from rarec.stages.run import Run
 from rarec.storage.files import read_json
 from tests.recommending import histories, sealed, with_items
@@ -166,6 +167,15 @@ def test_examples_are_the_users_whose_target_is_a_candidate():
     others = examples.without(np.array([0, 1]))
     assert (others.user_rows.tolist(), others.places_U.tolist()) == ([2], [6])
     assert others.candidates.shares_BKP.shape == (1, 200, 1)
+    encoded = []
+
+    def encode(rows, histories):
+        encoded.append(rows)
+        return scores[rows].astype(np.float32)
+
+    cached = CachedRanker(VectorRanker(np.eye(ITEMS, dtype=np.float32), encode))
+    examples_of([replace(fusion(scores), parts=(cached,))] * 2, users([1, 299, 7]))
+    assert len(encoded) == 1, "both views read the same users"
     twice = examples_of([fusion(scores), fusion(-scores)], users([1, 299, 7]))
     assert twice.user_rows.tolist() == [0, 2, 1], "by each fusion's candidates"
     assert twice.places_U.tolist() == [0, 6, 0]

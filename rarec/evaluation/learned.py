@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarec.ranking.learned import candidates_of
+from rarec.ranking.learned import best_of
 from rarec.ranking.order import Candidates, LearnedOrder
 from rarec.ranking.rank import EvalBatch, Rows
 from rarec.ranking.rankers import FusedRanker
@@ -52,15 +52,22 @@ class Examples(NamedTuple):
 
 def examples_of(rankers: Sequence[FusedRanker], batch: EvalBatch) -> Examples:
     """Return the examples of some users, by the candidates of each fusion."""
-    each = [pair for ranker in rankers for pair in candidates_of(ranker, batch, _USERS_AT_A_TIME)]
-    width = min(candidates.rows_BK.shape[1] for candidates, _ in each)  # of a small catalogue, by the longest history
-    rows_UK = np.concatenate([candidates.rows_BK[:, :width] for candidates, _ in each])
-    shares_UKP = np.concatenate([candidates.shares_BKP[:, :width] for candidates, _ in each])
-    lengths_U2 = np.concatenate([candidates.lengths_B2 for candidates, _ in each])
-    is_target_UK = rows_UK == np.concatenate([targets for _, targets in each])[:, None]
+    # by all fusions before the next chunk, whose users are encoded once
+    chunks = [_candidates(rankers, chunk) for chunk in batch.chunks(_USERS_AT_A_TIME)]
+    each = [candidates for of_ranker in zip(*chunks, strict=True) for candidates in of_ranker]
+    width = min(candidates.rows_BK.shape[1] for candidates in each)  # of a small catalogue, by the longest history
+    rows_UK = np.concatenate([candidates.rows_BK[:, :width] for candidates in each])
+    shares_UKP = np.concatenate([candidates.shares_BKP[:, :width] for candidates in each])
+    lengths_U2 = np.concatenate([candidates.lengths_B2 for candidates in each])
+    user_rows, targets_U = (np.tile(own, len(rankers)) for own in (batch.user_rows, batch.targets))
+    is_target_UK = rows_UK == targets_U[:, None]
     kept_U = is_target_UK.any(1)
     candidates = Candidates(rows_UK[kept_U], shares_UKP[kept_U], lengths_U2[kept_U])
-    return Examples(np.tile(batch.user_rows, len(rankers))[kept_U], candidates, is_target_UK.argmax(1)[kept_U])
+    return Examples(user_rows[kept_U], candidates, is_target_UK.argmax(1)[kept_U])
+
+
+def _candidates(rankers: Sequence[FusedRanker], chunk: EvalBatch) -> list[Candidates]:
+    return [best_of(ranker.scored(chunk), chunk, slice(0, len(chunk.targets)))[0] for ranker in rankers]
 
 
 def learn(examples: Examples) -> LearnedOrder:

@@ -5,7 +5,7 @@ The fusion gives its 200 best items; `order.py` orders them anew. All others fol
 Shape letters: B users, C users of a block, N catalogue, K candidates of a user, P parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +69,3 @@ def best_of(fused: FusedScores, chunk: EvalBatch, users: slice) -> tuple[Candida
     rows_CK = largest(competing_CN, max(count, 1))[1]
     shares_CKP = torch.stack([share_CN.gather(1, rows_CK) for share_CN in shares], 2)
     return Candidates(rows_CK.numpy(force=True), shares_CKP.numpy(force=True), lengths_C2), whole_CN
-
-
-def candidates_of(ranker: FusedRanker, batch: EvalBatch, users_at_a_time: int) -> Iterator[tuple[Candidates, Rows]]:
-    """Yield the candidates of some users after the other, with the users' targets."""
-    for chunk in batch.chunks(users_at_a_time):
-        everyone = slice(0, len(chunk.targets))
-        yield best_of(ranker.scored(chunk), chunk, everyone)[0], np.asarray(chunk.targets)
