@@ -148,7 +148,7 @@ def test_it_learns_what_a_weighted_sum_cannot_say():
 
 
 def test_what_never_differs_among_the_examples_is_not_read():
-    """An item that is the first with a share of the last part would else be ordered by the weight of noise."""
+    """Else its untrained, random weights would order the first item for which it differs."""
     rng = np.random.default_rng(0)
     parts = rng.normal(size=(2, 600, ITEMS)).astype(np.float32)
     parts[1] = 0
@@ -167,18 +167,21 @@ def test_examples_are_the_users_whose_target_is_a_candidate():
     others = examples.without(np.array([0, 1]))
     assert (others.user_rows.tolist(), others.places_U.tolist()) == ([2], [6])
     assert others.candidates.shares_BKP.shape == (1, 200, 1)
+    twice = examples_of([fusion(scores), fusion(-scores)], users([1, 299, 7]))
+    assert twice.user_rows.tolist() == [0, 2, 1], "by each fusion's candidates"
+    assert twice.places_U.tolist() == [0, 6, 0]
+
+
+def test_users_are_encoded_once_for_several_fusions():
     encoded = []
 
     def encode(rows, histories):
         encoded.append(rows)
-        return scores[rows].astype(np.float32)
+        return np.ones((len(rows), ITEMS), np.float32)
 
     cached = CachedRanker(VectorRanker(np.eye(ITEMS, dtype=np.float32), encode))
-    examples_of([replace(fusion(scores), parts=(cached,))] * 2, users([1, 299, 7]))
-    assert len(encoded) == 1, "both views read the same users"
-    twice = examples_of([fusion(scores), fusion(-scores)], users([1, 299, 7]))
-    assert twice.user_rows.tolist() == [0, 2, 1], "by each fusion's candidates"
-    assert twice.places_U.tolist() == [0, 6, 0]
+    examples_of([replace(fusion(np.ones((3, ITEMS))), parts=(cached,))] * 2, users([1, 299, 7]))
+    assert len(encoded) == 1
 
 
 def test_names_titles_groups_and_pairs():

@@ -25,6 +25,7 @@ Amazon Beauty: docs/experiments.md."""
 FEWEST = 500
 """Users whose target is among the candidates, at least: fewer teach noise."""
 _FLAT = 1e-6
+"""A feature that differs by no more than this among all examples is not read."""
 _USERS_AT_A_TIME = 256
 _SEED = 17
 
@@ -51,8 +52,8 @@ class Examples(NamedTuple):
 
 
 def examples_of(rankers: Sequence[FusedRanker], batch: EvalBatch) -> Examples:
-    """Return the examples of some users, by the candidates of each fusion."""
-    # by all fusions before the next chunk, whose users are encoded once
+    """Return the examples of some users: as many times as there are fusions, each with that fusion's candidates."""
+    # all fusions read a chunk before the next one comes, so that its users are encoded once
     chunks = [_candidates(rankers, chunk) for chunk in batch.chunks(_USERS_AT_A_TIME)]
     each = [candidates for of_ranker in zip(*chunks, strict=True) for candidates in of_ranker]
     width = min(candidates.rows_BK.shape[1] for candidates in each)  # of a small catalogue, by the longest history
@@ -78,7 +79,7 @@ def learn(examples: Examples) -> LearnedOrder:
     places_U = torch.from_numpy(targets_U)
     moments = [(feature_UK.mean(), feature_UK.std()) for feature_UK in map(Tensor.double, features_UKF.unbind(2))]
     center_F, spread_F = torch.tensor(moments).float().T
-    scale_F = spread_F.where(spread_F > _FLAT, torch.inf)  # a feature that never differs is not read
+    scale_F = spread_F.where(spread_F > _FLAT, torch.inf)  # so that its weights become 0
     features_UKF = (features_UKF - center_F) / scale_F
     unit = float(whole_UK.std()) or 1.0
     draws = torch.Generator().manual_seed(_SEED)
