@@ -19,7 +19,7 @@ from rarec.storage.files import make_directory
 
 LOG = "sweep.log"
 """File in a run's directory: the output of its processes, each after the command that started it."""
-_STATE_SECONDS = 0.5
+_STATE_SECONDS = 2.0
 """Seconds between looks at the stage of the current run, and for a signal."""
 _PR_SET_PDEATHSIG = 1
 Say = Callable[[str], None]
