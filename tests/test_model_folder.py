@@ -143,7 +143,14 @@ HARMS: dict[str, tuple[Harm, tuple[str, ...]]] = {
     "an unknown architecture": (settings_of(model_type="nothing"), ()),
     "an architecture of ten thousand characters": (settings_of(model_type="x" * 10_000), ()),
     "code": (settings_of(auto_map={"AutoConfig": "m.C", "AutoModel": "m.M"}, model_type="mine"), ()),
-    "a kernel of a hub": (settings_of(_attn_implementation="kernels-community/flash-attn"), ()),
+    "a kernel of a hub": (
+        settings_of(_attn_implementation="kernels-community/flash-attn"),
+        ("config.json", "_attn_implementation"),
+    ),
+    "a kernel for a part": (
+        settings_of(text_config={"attn_implementation": {"": "someone/kernel@main:attend"}}),
+        ("config.json", "attn_implementation"),
+    ),
     "NaN": (weights_of(lambda weights: first_matrix(weights)[0].fill_(torch.nan)), ("NaN",)),
     "infinity": (weights_of(lambda weights: first_matrix(weights)[-1].fill_(-torch.inf)), ("infinity",)),
     "no weights": (without("*.safetensors"), ("safetensors",)),

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
@@ -235,7 +236,7 @@ def _load_trunk(config: Llm, path: str, kind: str) -> Any:
     """Load the transformer in evaluation mode, without its head."""
     keywords: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "revision": config.revision}
     if config.attention != "auto":
-        keywords["attn_implementation"] = config.attention
+        keywords["attn_implementation"] = _attention(config)
     if config.quantize != "none":
         keywords["quantization_config"] = _quantisation(config)
     if not config.allow_pickle_weights:
@@ -247,6 +248,14 @@ def _load_trunk(config: Llm, path: str, kind: str) -> Any:
     model = headless(model)
     _keep_unpacked(model)
     return model
+
+
+def _attention(config: Llm) -> str:
+    if config.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        # transformers would fetch a kernel from a hub, and run it
+        problem = "llm.attention: flash_attention_2 needs a GPU and the package flash-attn"
+        raise UserError(problem, "pip install flash-attn, or set llm.attention: sdpa")
+    return config.attention
 
 
 def _keep_unpacked(model: Any) -> None:

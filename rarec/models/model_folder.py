@@ -159,24 +159,27 @@ def check_folder(directory: Path, allow_pickle: bool) -> None:
 
 
 def check_settings(path: Path) -> None:
-    """Check that the sizes in a model's config.json are possible.
+    """Check that the sizes in a model's config.json are possible, and that it names no code of a hub.
 
-    A library would build a model of these sizes before it looked at the weights.
+    A library would build a model of these sizes before it looked at the weights, and fetch and run that code.
 
     Raises:
-        UserError: it is missing, not a JSON object, or has a size that no model has.
+        UserError: it is missing, not a JSON object, has a size that no model has, or an attention kernel of a hub.
     """
     settings = _read(path, read_json)
     if not isinstance(settings, dict):
         raise UserError(f"llm.path: {path} is not a JSON object", _REMEDY)
-    _check_sizes(settings, path)
+    _check_values(settings, path)
 
 
-def _check_sizes(settings: dict[str, Any], path: Path) -> None:
+def _check_values(settings: dict[str, Any], path: Path) -> None:
     for key, value in settings.items():
         most = MAX_LAYERS if re.search("layers?$", key) else MAX_SIZE
+        if key.endswith("attn_implementation") and "/" in str(value):
+            problem = f"llm.path: {path}: {key} is {value!s:.60}, code that would be fetched from a hub"
+            raise UserError(problem, "remove that line; name an attention in llm.attention")
         if isinstance(value, dict):
-            _check_sizes(value, path)
+            _check_values(value, path)
         elif isinstance(value, int | float) and _SIZE.search(key) and not -1 <= value <= most:
             raise UserError(f"llm.path: {path}: {key} is {value!s:.40}, which no model has", _REMEDY)
 
