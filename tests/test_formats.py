@@ -250,8 +250,9 @@ preset=e4srec_input lora.targets=[q_proj] train.variants=[input_lora] export.var
 ids.model=comirec ids.comirec.dim=8 ids.comirec.epochs=2
 """.split()
 ENCODER = """
-prepare.split.new_items=0.2 graph={} graph.dim=8 prompt.user='{history}{soft:id},{soft:graph}'
-prompt.item='{soft:id}{soft:graph}{title}' train.variants=[per_layer] export.variant=per_layer+id+cheap
+prepare.split.new_items=0.2 prompt.user='{history}{soft:id},{soft:image}' prompt.item='{soft:id}{soft:image}{title}'
+sources.image.items=ROOT/image.npy sources.image.item_ids=ROOT/ids.txt sources.image.user_rule=recency
+train.variants=[per_layer] export.variant=per_layer+id+cheap
 ids.model=gru4rec ids.gru4rec.dim=8 ids.gru4rec.epochs=2 neighbours.models=[transition,ease,lexical]
 """.split()
 
@@ -275,7 +276,10 @@ ids.model=gru4rec ids.gru4rec.dim=8 ids.gru4rec.epochs=2 neighbours.models=[tran
 def test_other_bundles(tmp_path, kind, overrides):
     write_log(tmp_path / "log")
     write_llm(tmp_path / "llm", kind)
+    np.save(tmp_path / "image.npy", np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32))
+    (tmp_path / "ids.txt").write_text("\n".join(f"i{item:03}" for item in range(40)))
     (tmp_path / "run.yaml").write_text(CONFIG.format(root=tmp_path))
+    overrides = [override.replace("ROOT", str(tmp_path)) for override in overrides]
     run = open_run(tmp_path / "run.yaml", ["evaluate.sanity_checks=false", "train.max_steps=4", *overrides])
     run.run(["prepare", "ids", "neighbours", "shards", "train", "evaluate", "export"])
     recommender = rarec.load(run.directory("export"))

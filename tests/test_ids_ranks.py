@@ -128,7 +128,7 @@ def test_what_rank_0_alone_makes_is_finished_when_it_is_made_on_two(finished, tm
 
 
 def test_what_does_not_train_is_made_by_rank_0(finished, tmp_path):
-    """An import and a graph."""
+    """An import, and one of another source."""
     run = tmp_path / "run"
     overrides = prepared(finished, run)
     open_run(finished, overrides).make("ids")
@@ -136,7 +136,8 @@ def test_what_does_not_train_is_made_by_rank_0(finished, tmp_path):
     ids = list(open_run(finished, overrides).dataset.item_ids)
     (tmp_path / "ids.txt").write_text("\n".join(map(str, ids)))
     shutil.rmtree(run / "ids")
-    imported = ["ids.model=import", f"ids.imported={{items: {source}, item_ids: {tmp_path / 'ids.txt'}}}", "graph={}"]
-    finish("ids", finished, [*overrides[:2], *imported, "graph.dim=4"], scratch=tmp_path)
+    files = f"{{items: {source}, item_ids: {tmp_path / 'ids.txt'}}}"
+    imported = ["ids.model=import", f"ids.imported={files}", f"sources.image={files}"]
+    finish("ids", finished, [*overrides[:2], *imported], scratch=tmp_path)
     assert np.array_equal(vectors(run), np.load(source))
-    assert np.load(run / "ids/graph/items.npy").shape[1] == 4
+    assert np.array_equal(np.load(run / "ids/image/items.npy"), np.load(source))

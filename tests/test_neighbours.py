@@ -101,7 +101,7 @@ def test_duckdb_and_spark_write_the_same_tables_to_the_last_bit(finished: Path, 
         for engine in ("duckdb", "spark"):
             opened = partial(open_engine, on(engine, config.prepare), tmp_path / "spill")
             made = model(name, opened, top=3, longest=4, shrinkage=1.5)
-            written.append(rows_of(made.rows(dataset, holdout=0.2)))
+            written.append(rows_of(made.rows(dataset)))
         assert sorted(written[0]) == sorted(written[1])
         assert len({score for *_, score in written[0]}) < len(written[0])
 
@@ -223,19 +223,18 @@ def test_a_missing_title_is_no_word_and_one_that_holds_its_words_is():
     assert (near_NN.toarray() > 0).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
 
 
-def test_the_newest_of_a_long_history_count_and_none_of_the_held_out(engine, finished):
+def test_the_newest_of_a_long_history_count(engine, finished):
     dataset = open_run(finished).dataset
-    for holdout in (0.0, 0.3):
-        log = engine.keep(f"log_{holdout > 0}", read_training_log(engine, dataset.directory, 3, holdout))
-        rows = [row for batch in engine.batches(log) for row in batch.to_pylist()]
-        ends_U = dataset.train_length_U - (dataset.held_out_U(holdout) if holdout else 0)
-        expected = [
-            (user, at, int(dataset.sequence(user)[at]))
-            for user, end in enumerate(ends_U)
-            for at in range(max(end - 3, 0), end)
-        ]
-        assert (ends_U > 3).any()
-        assert sorted((row["user"], row["position"], row["item"]) for row in rows) == expected
+    log = engine.keep("log", read_training_log(engine, dataset.directory, 3))
+    rows = [row for batch in engine.batches(log) for row in batch.to_pylist()]
+    ends_U = dataset.train_length_U
+    expected = [
+        (user, at, int(dataset.sequence(user)[at]))
+        for user, end in enumerate(ends_U)
+        for at in range(max(end - 3, 0), end)
+    ]
+    assert (ends_U > 3).any()
+    assert sorted((row["user"], row["position"], row["item"]) for row in rows) == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=12, unique=True), st.integers(1, 5))

@@ -43,7 +43,7 @@ from rarec.config.neighbours import built_in
 from rarec.config.schema import Prepare
 from rarec.errors import UserError
 from rarec.evaluation.results import LEARNED
-from rarec.ids.source import BIAS, INNER, LEFT, MAPPED_ITEMS, MATRIX, Source, users_of
+from rarec.ids.source import BIAS, INNER, MAPPED_ITEMS, MATRIX, Source, users_of
 from rarec.models.build import ALIGNMENT, LORA_WEIGHTS, SourceShape
 from rarec.neighbours.base import read_table
 from rarec.neighbours.scores import NEW
@@ -333,7 +333,7 @@ class Bundle:
 
 def _check_tables(users: Mapping[str, Any], tensors: Mapping[str, Tensor], count: int, dim: int) -> None:
     """Refuse tables by which user vectors are made that are of another shape or type than the items' vectors."""
-    shapes: dict[str, tuple[int, ...]] = {LEFT: (count, dim)} if users["kind"] == "graph" else {}
+    shapes: dict[str, tuple[int, ...]] = {}
     if users["kind"] == "mapped":
         other = users["inner"].get("dim") or tensors[MATRIX].shape[0]
         shapes = {MAPPED_ITEMS: (count, other), MATRIX: (other, dim), BIAS: (dim,)}

@@ -39,13 +39,6 @@ class _Rule(Section):
     max_history: Positive
 
 
-class _Graph(Section):
-    """User vectors by the graph; see `GraphUsers`."""
-
-    newest: Positive
-    decay: Share
-
-
 class _Mapped(Section):
     """User vectors of another ID model, mapped; see `MappedUsers`."""
 
@@ -63,7 +56,7 @@ class _Users(BaseModel):
 
     @model_validator(mode="after")
     def _check_settings(self) -> "_Users":
-        schemas: dict[str, type[Section]] = {**RECIPES, "rule": _Rule, "graph": _Graph, "mapped": _Mapped}
+        schemas: dict[str, type[Section]] = {**RECIPES, "rule": _Rule, "mapped": _Mapped}
         if self.kind == "table":
             raise ValueError("a table of users serves no other user")
         if self.kind in schemas:

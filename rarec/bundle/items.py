@@ -25,7 +25,7 @@ from rarec.data.engines.table_files import DELIMITED, TableLocation
 from rarec.data.preparation.inputs import CANONICAL_INTEGER, ISO, as_text, read_catalogue, table_location
 from rarec.errors import UserError
 from rarec.ids.imports import read_vectors
-from rarec.ids.source import LEFT, MAPPED_ITEMS
+from rarec.ids.source import MAPPED_ITEMS
 from rarec.neighbours.base import pairs_of, plain_texts
 
 
@@ -206,7 +206,7 @@ def _vectors_of(bundle: Bundle, new: Catalogue, files: Mapping[str, str]) -> dic
 
 def _is_table(name: str) -> bool:
     """Return whether a tensor of an ID model has a row for each item."""
-    return name.rpartition("/")[2].rpartition(".")[2] in (LEFT, MAPPED_ITEMS)
+    return name.rpartition("/")[2].rpartition(".")[2] == MAPPED_ITEMS
 
 
 # ---- columns that rules may name, each of one of five types

@@ -1,4 +1,4 @@
-"""The section `neighbours`: models that are counted or solved, not trained; and the section `graph`."""
+"""The section `neighbours`: models that are counted or solved, not trained."""
 
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -13,18 +13,6 @@ KIND = "neighbour_models"
 BUILT_IN = tuple(KINDS[KIND].built_in)
 _OWN_TITLES: dict[str, str] = {}
 """Titles of the models of the user's own that this process has met, by name."""
-
-
-class Graph(Section):
-    """A second source of vectors for slots, `{soft:graph}`: a truncated SVD of the graph of transitions.
-
-    An item's vector describes the items that precede it. A user's vector describes what follows the newest items of the
-    history: it is a mean over them, older ones decayed as in `neighbours`. Interactions that `ids.holdout` holds out
-    are not counted.
-    """
-
-    dim: Positive = 64
-    """Singular vectors that are kept."""
 
 
 class NeighbourConfig(Section):

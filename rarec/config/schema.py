@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rarec.config.ids import IMPORTED_FILES, OLDER, Ids, Import
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout, Variant, VariantName, variant_of
-from rarec.config.neighbours import Graph, Neighbours
+from rarec.config.neighbours import Neighbours
 from rarec.config.section import (
     Blocks,
     ColumnName,
@@ -326,8 +326,6 @@ class RunConfig(Section):
     sources: dict[SourceName, Import] = Field(default={})
     """Further frozen vectors by name (image, text, ...), beside `id`."""
     neighbours: Neighbours = Neighbours()
-    graph: Graph | None = None
-    """Off by default; `graph: {}` makes it."""
     llm: Llm
     prompt: Prompt = Prompt()
     shards: Shards = Shards()
@@ -359,17 +357,15 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if "id" in self.sources:
             raise ValueError("sources: `id` is the name of the ID embeddings themselves; choose another name")
-        if "graph" in self.sources and self.graph:
-            raise ValueError("sources: `graph` is the name of what the section `graph` makes; choose another name")
         return self
 
     @property
-    def sources_by_name(self) -> dict[str, Ids | Graph | Import]:
+    def sources_by_name(self) -> dict[str, Ids | Import]:
         """The section of every source whose vectors become slots, `id` first."""
-        return {"id": self.ids, **({"graph": self.graph} if self.graph else {}), **self.sources}
+        return {"id": self.ids, **self.sources}
 
     @property
-    def vectors_by_name(self) -> dict[str, Ids | Graph | Import]:
+    def vectors_by_name(self) -> dict[str, Ids | Import]:
         """The section of everything that `rarec ids` makes, in its order: the sources, and the ID models of samples."""
         first = {OLDER: self.ids} if self.ids.for_samples != ["id"] else {}
         return {**first, **self.sources_by_name, **dict.fromkeys(self.ids.for_samples, self.ids)}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rarec.bundle.parts import Parts
-from rarec.ids.source import GraphUsers, HistoryRule, MappedUsers, SequenceUsers, Source
+from rarec.ids.source import HistoryRule, MappedUsers, SequenceUsers, Source
 from rarec.models.encode import Encoder
 from rarec.models.towers import RaRec, SideBatch, Tower, side_batch
 from rarec.prompts import AT_TITLES
@@ -31,7 +31,7 @@ class SourceGraph(nn.Module):
     """User vectors (B, K, E) of one source, from the item rows of histories; its tables are part of it.
 
     Args:
-        source: with user vectors by an ID model, a rule or the graph.
+        source: with user vectors by an ID model or a rule.
     """
 
     items_NE: Tensor
@@ -48,14 +48,12 @@ class SourceGraph(nn.Module):
             weight, bias = torch.from_numpy(matrix_SE.T.copy()), torch.from_numpy(users.bias_E.copy())
             self.map.load_state_dict({"weight": weight, "bias": bias})
             users = users.inner
-        table = users.left_NE if isinstance(users, GraphUsers) else items_NE
-        self.register_buffer("read_NE", torch.from_numpy(np.array(table, np.float32)))
-        own = self.read_NE if table is source.items_NE else torch.from_numpy(np.array(source.items_NE, np.float32))
+        self.register_buffer("read_NE", torch.from_numpy(np.array(items_NE, np.float32)))
+        own = self.read_NE if items_NE is source.items_NE else torch.from_numpy(np.array(source.items_NE, np.float32))
         self.register_buffer("items_NE", own)  # once, where it is the table that is read
-        rule = users.rule if isinstance(users, GraphUsers) else users
         self.model = users.model.float().eval() if isinstance(users, SequenceUsers) else None
-        if isinstance(rule, HistoryRule):
-            self.register_buffer("weights_T", torch.from_numpy(rule.weights_T.astype(np.float32)))
+        if isinstance(users, HistoryRule):
+            self.register_buffer("weights_T", torch.from_numpy(users.weights_T.astype(np.float32)))
 
     def forward(self, rows_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """Return the vectors; zeros for an empty history.

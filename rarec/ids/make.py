@@ -1,31 +1,17 @@
-"""Make the files of a source that no ID model is trained for: import vectors, or factorise the graph of transitions.
-
-Shape letters: N items, E dimension.
-"""
+"""Make the files of a source that no ID model is trained for, from imported vectors."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from scipy import sparse
-from scipy.sparse.linalg import svds
-
-from rarec.config import RunConfig
 from rarec.config.ids import IMPORTED_FILES, Import
-from rarec.config.neighbours import Graph
 from rarec.data.dataset import PreparedDataset
-from rarec.data.engines import open_engine
 from rarec.errors import UserError
 from rarec.ids.imports import Vectors, existing, read_vectors
-from rarec.ids.source import ITEMS_FILE, LEFT, USERS, GraphUsers, HistoryRule, UserTable, UserVectors, load_table
+from rarec.ids.source import ITEMS_FILE, USERS, HistoryRule, UserTable, UserVectors, load_table
 from rarec.ids.validation import Validation
-from rarec.neighbours.counting import Transition
 from rarec.storage.files import sha256_file
 
-Floats = npt.NDArray[np.float32]
 Say = Callable[[str], None]
 
 
@@ -66,52 +52,6 @@ def import_vectors(
             say(f"{files[kind]}: {count} rows are left out, their ids are no {kind} of the dataset")
     validation = Validation(dataset, seed).of_vectors(items_NE, users)
     return {"validation": validation, "imported": files, "left_out": left_out}
-
-
-def write_graph(graph: Graph, config: RunConfig, dataset: PreparedDataset, directory: Path) -> dict[str, Any]:
-    """Write the files of the source `graph`; return the figures for its manifest.
-
-    Args:
-        graph: the section `graph`.
-        config: how transitions are counted, which of them are held out, and how far back a history is read.
-        dataset: prepared.
-        directory: to write to.
-
-    Raises:
-        UserError: there are fewer items than dimensions, or no user has a validation target.
-    """
-    neighbours = config.neighbours
-    engine = partial(open_engine, config.prepare, directory / "spill")
-    transitions_NN = Transition(neighbours.config_of("transition"), engine).fit(dataset, config.ids.held_out)
-    left_NE, right_NE = factors(transitions_NN, graph.dim)
-    np.save(directory / f"{LEFT}.npy", left_NE)
-    np.save(directory / ITEMS_FILE, right_NE)
-    users = GraphUsers.of(left_NE, neighbours.newest, neighbours.decay)
-    return {"validation": Validation(dataset, config.run.seed).of_vectors(right_NE, users)}
-
-
-def factors(graph_NN: sparse.csr_matrix, dim: int) -> tuple[Floats, Floats]:
-    """Return left and right singular vectors (N, E), each times the root of its singular value; zeros without edges.
-
-    Raises:
-        UserError: the graph has no more items than dimensions.
-    """
-    n_items = graph_NN.shape[0]
-    if dim >= n_items:
-        raise UserError(f"field `graph.dim`: {dim} dimensions of {n_items} items", f"set graph.dim below {n_items}")
-    if not graph_NN.nnz:
-        return np.zeros((n_items, dim), np.float32), np.zeros((n_items, dim), np.float32)
-    start_N = np.random.default_rng(0).standard_normal(n_items)
-    left_NE, values_E, right_EN = svds(graph_NN.astype(np.float64), k=dim, v0=start_N)
-    signs_E = np.sign(right_EN[np.arange(dim), np.abs(right_EN).argmax(1)])  # a singular vector's sign is arbitrary
-    root_E: npt.NDArray[np.float64] = np.sqrt(np.maximum(values_E, 0)) * signs_E
-    return _zeroed(left_NE * root_E, graph_NN, 1), _zeroed(right_EN.T * root_E, graph_NN, 0)
-
-
-def _zeroed(vectors_NE: npt.NDArray[np.float64], graph_NN: sparse.csr_matrix, axis: int) -> Floats:
-    """Set the vectors of items without edges, which are rounding, to zero: they stand for missing ones."""
-    edges_N = np.asarray((graph_NN != 0).sum(axis)).ravel()
-    return np.where(edges_N[:, None] > 0, vectors_NE, 0.0).astype(np.float32)
 
 
 def _files(section: Import) -> dict[str, str]:

@@ -31,11 +31,11 @@ Rows = npt.NDArray[np.integer]
 KIND = "ids"
 ITEMS_FILE = "items.npy"
 MODEL_FILE = "model.safetensors"
-USERS, LEFT = "users", "left"
-"""Names of the tables of `UserTable` and `GraphUsers`; their files are `NAME.npy`."""
+USERS = "users"
+"""Name of the table of `UserTable`; its file is `NAME.npy`."""
 MAPPED_ITEMS, MATRIX, BIAS, INNER = "items", "matrix", "bias", "inner."
 """Names of the tensors of `MappedUsers`; those of the other model's user vectors begin with the last."""
-KINDS_OF_USERS = (*RECIPES, "mapped", "rule", "table", "graph")
+KINDS_OF_USERS = (*RECIPES, "mapped", "rule", "table")
 """Ways to make user vectors that come with rarec; any other name is of an ID model of the user's own."""
 
 
@@ -113,40 +113,6 @@ class HistoryRule(UserVectors):
         weights_BT /= np.maximum(weights_BT.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
         users_BE: npt.NDArray[np.float64] = np.einsum("bt,bte->be", weights_BT, items_NE[rows_BT])
         return users_BE[:, None].astype(np.float32)
-
-
-@dataclass(frozen=True)
-class GraphUsers(UserVectors):
-    """User vectors by the graph: the mean of the left singular vectors of the newest items, older ones decayed.
-
-    The inner product of a user's and an item's vector is the decayed mean of the transitions to the item, up to what
-    the SVD leaves out.
-
-    Attributes:
-        left_NE: left singular vectors by item row.
-        rule: weights by age.
-    """
-
-    left_NE: Floats
-    rule: HistoryRule
-
-    @classmethod
-    def of(cls, left_NE: Floats, newest: int, decay: float) -> "GraphUsers":
-        """Build the rule over the left singular vectors."""
-        return cls(left_NE, HistoryRule(np.power(decay, np.arange(newest), dtype=np.float64)))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The left singular vectors."""
-        return {LEFT: torch.from_numpy(self.left_NE)}
-
-    def vectors(self, items_NE: Floats, user_rows: Rows, histories: Sequence[Rows]) -> Floats:
-        """See `UserVectors`."""
-        return self.rule.vectors(self.left_NE, user_rows, histories)
-
-    def permuted(self, rng: np.random.Generator) -> "GraphUsers":
-        """Return the user vectors of permuted items, a copy in memory."""
-        return replace(self, left_NE=rng.permutation(self.left_NE))
 
 
 @dataclass(frozen=True)
@@ -320,16 +286,15 @@ def _read_tensors(directory: Path, kind: str) -> dict[str, Tensor]:
     """Read what user vectors of a kind are made by."""
     if kind == "rule":
         return {}
-    table = {"table": USERS, "graph": LEFT}.get(kind)
-    if table is None:
-        return load_file(directory / MODEL_FILE)
-    return {table: torch.from_numpy(load_table(directory / f"{table}.npy"))}
+    if kind == "table":
+        return {USERS: torch.from_numpy(load_table(directory / f"{USERS}.npy"))}
+    return load_file(directory / MODEL_FILE)
 
 
 def users_of(
     settings: Mapping[str, Any], recipe: Recipe | None, tensors: Mapping[str, Tensor], where: str
 ) -> UserVectors:
-    """Return the way to make user vectors that settings describe: a rule, a table, a graph, or an ID model.
+    """Return the way to make user vectors that settings describe: a rule, a table, or an ID model.
 
     Args:
         settings: `kind` and its fields, as in a manifest.
@@ -348,8 +313,6 @@ def users_of(
             return HistoryRule.of(**fields)
         case "table":
             return UserTable(tensors[USERS].numpy())
-        case "graph":
-            return GraphUsers.of(tensors[LEFT].numpy(), **fields)
     if kind in RECIPES:
         recipe = RECIPES[kind](**fields)
         with torch.device("meta"):  # before memory is taken for the sizes that the settings name

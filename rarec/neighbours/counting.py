@@ -43,22 +43,17 @@ class CountedModel(NeighbourModel):
     def expression(self, log: "ir.Table") -> "ir.Table":
         """Return the neighbour table of a training log."""
 
-    def fit(self, dataset: PreparedDataset, holdout: float = 0.0) -> sparse.csr_matrix:
-        """See `NeighbourModel`.
-
-        Args:
-            dataset: prepared.
-            holdout: the newest share of each user's training interactions, which is not counted.
-        """
-        table = pa.Table.from_batches(self.rows(dataset, holdout)).select(SCHEMA.names)
+    def fit(self, dataset: PreparedDataset) -> sparse.csr_matrix:
+        """See `NeighbourModel`."""
+        table = pa.Table.from_batches(self.rows(dataset)).select(SCHEMA.names)
         items, near, scores = (column.to_numpy().copy() for column in table.columns)
         starts_N = np.searchsorted(items, np.arange(dataset.n_items + 1))
         return sparse.csr_matrix((scores, near, starts_N), (dataset.n_items, dataset.n_items))
 
-    def rows(self, dataset: PreparedDataset, holdout: float = 0.0) -> Iterator[pa.RecordBatch]:
+    def rows(self, dataset: PreparedDataset) -> Iterator[pa.RecordBatch]:
         """See `NeighbourModel`: the engine counts and sorts, so that memory does not depend on the table."""
         with self.open_engine() as engine:
-            log = read_training_log(engine, dataset.directory, self.config.longest, holdout)
+            log = read_training_log(engine, dataset.directory, self.config.longest)
             yield from engine.batches(self.expression(engine.keep("training_log", log)))
 
 
@@ -124,23 +119,16 @@ class Transition(CountedModel):
         return best(counted.select("item", "neighbour", score=counted.weight / size), self.config.top)
 
 
-def read_training_log(engine: "PrepareEngine", directory: Path, newest: int, holdout: float = 0.0) -> "ir.Table":
+def read_training_log(engine: "PrepareEngine", directory: Path, newest: int) -> "ir.Table":
     """Return each user's newest training interactions from the files of a prepared dataset.
 
     Args:
         engine: reads them.
         directory: of the dataset.
         newest: largest number for each user: it bounds the pairs that a user adds.
-        holdout: leave out the newest interactions that make up this share, as `PreparedDataset.holding_out` does.
     """
-    import ibis
-
     interactions = _read(engine, directory, tables.INTERACTIONS, ("user_row", "item_row"))
     users = _read(engine, directory, tables.USERS, ("row", "start", "train_length")).drop("line")
-    if holdout:
-        wanted = (users.train_length.cast("float64") * holdout).floor().cast("int64")
-        held = ibis.least(ibis.greatest(wanted, 1), ibis.greatest(users.train_length - 1, 0))
-        users = users.mutate(train_length=users.train_length - held)
     log = interactions.inner_join(users, interactions.user_row == users.row)
     log = log.mutate(position=log.line - 1 - log.start)
     kept = log.filter(log.position < log.train_length, log.position >= log.train_length - newest)

@@ -16,7 +16,6 @@ from pydantic import ByteSize, TypeAdapter
 
 from rarec.config import RunConfig
 from rarec.config.ids import Ids, Import, Recipe
-from rarec.config.neighbours import Graph
 from rarec.data.shards.batch_plan import plan_batches
 from rarec.data.shards.files import open_index
 from rarec.distributed.hardware import DEVICES, Device, known_device
@@ -259,10 +258,8 @@ def source_shapes(config: RunConfig) -> dict[str, SourceShape]:
     return {name: _source_shape(section) for name, section in config.sources_by_name.items()}
 
 
-def _source_shape(section: Ids | Graph | Import) -> SourceShape:
+def _source_shape(section: Ids | Import) -> SourceShape:
     chosen = section.chosen if isinstance(section, Ids) else section
-    if isinstance(chosen, Graph):
-        return SourceShape(chosen.dim, 1)
     if isinstance(chosen, Recipe):
         return SourceShape(chosen.dim, chosen.per_user)
     users = vectors_shape(chosen.users, "users") if chosen.users is not None else ()

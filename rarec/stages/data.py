@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rarec.config.ids import FOLD, IMPORTED_FILES, OLDER, Ids, Import, Recipe
-from rarec.config.neighbours import Graph, Neighbours
+from rarec.config.neighbours import Neighbours
 from rarec.errors import UserError, redacted_setting
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
@@ -72,8 +72,8 @@ class IdsStage(Stage):
 
     def __init__(self, run: Run, part: str) -> None:
         super().__init__(run, part)
-        self.section: Ids | Graph | Import = run.config.vectors_by_name[part]
-        self.chosen: Recipe | Graph | Import = self.section.chosen if isinstance(self.section, Ids) else self.section
+        self.section: Ids | Import = run.config.vectors_by_name[part]
+        self.chosen: Recipe | Import = self.section.chosen if isinstance(self.section, Ids) else self.section
         # An import is quick and built in a temporary directory, so one that is refused leaves nothing behind.
         self.resumable = isinstance(self.chosen, Recipe)
 
@@ -91,10 +91,6 @@ class IdsStage(Stage):
             users = {"kind": section.model, **chosen.model_dump(mode="json")}
             settings = {"seed": config.run.seed, "holdout": section.held_out, "users": users}
             return settings if self._fold is None else {**settings, "fold": self._fold, "folds": section.folds}
-        if isinstance(chosen, Graph):
-            counted = {"holdout": config.ids.held_out, **table_settings("transition", config.neighbours)}
-            rule = config.neighbours.model_dump(mode="json", include={"newest", "decay"})
-            return {"dim": chosen.dim, "counts": counted, "users": {"kind": "graph", **rule}}
         if chosen.users is not None:
             return {"missing": chosen.missing, "users": {"kind": "table"}}
         rule = {"rule": chosen.user_rule, "half_life": chosen.half_life, "max_history": chosen.max_history}
@@ -133,14 +129,12 @@ class IdsStage(Stage):
 
     def build(self, directory: Path) -> Built:
         """See `Stage`."""
-        from rarec.ids.make import import_vectors, write_graph
+        from rarec.ids.make import import_vectors
 
         run = self.run
         name, dataset = self.part, run.dataset
         figures: dict[str, Any] = {}
         match self.chosen:
-            case Graph() as graph:
-                run.world.run_on_main(lambda: figures.update(write_graph(graph, run.config, dataset, directory)))
             case Import() as chosen:
                 made = (name, chosen, dataset, directory, run.config.run.seed, run.say)
                 run.world.run_on_main(lambda: figures.update(import_vectors(*made)))

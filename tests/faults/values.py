@@ -58,7 +58,7 @@ FORMS: dict[str, Change] = {
 SAME = ("a byte-order mark", "CRLF")
 """Forms in which a table is the same."""
 STAGE_OF = {
-    **{"run": "prepare", "sources": "ids", "graph": "ids", "llm": "shards", "prompt": "shards", "readout": "shards"},
+    **{"run": "prepare", "sources": "ids", "llm": "shards", "prompt": "shards", "readout": "shards"},
     **{"alignment": "train", "lora": "train", "loss": "train"},
 }
 """Stages that read a section first, where it does not bear the stage's name."""
