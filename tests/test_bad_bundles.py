@@ -168,7 +168,7 @@ HARMS = {
     "no encoders": (without("encoders.safetensors"), "encoders.safetensors"),
     "flipped neighbours": (flip("neighbours/ease.parquet", 0.5), "ease.parquet"),
     "flipped alignment": (flip("alignment.safetensors", 0.5), "alignment.safetensors"),
-    "an earlier version": (rewritten(FACTS, Path.unlink), FACTS),
+    "a manifest without facts": (rewritten(FACTS, Path.unlink), FACTS),
     "facts are a list": (rewritten(FACTS, lambda path: path.write_text("[]")), FACTS),
     "an unknown fact": (facts(scheme=1), "`schema`"),
     "flipped manifest": (flip(MANIFEST, 0.3), MANIFEST),

@@ -61,7 +61,6 @@ def test_overrides_are_yaml(small):
         ("sources.id.items=x.npy", r"sources: `id`"),
         ("prompt.item={{title}}", r"prompt\.item"),
         ("train.epochs", r"section\.field=value"),
-        ("alignment.missing=0.1", r"`alignment\.missing`.*`alignment\.id_dropout`"),
         ("run.dir.x=3", r"`run\.dir\.x`"),
     ],
 )

@@ -147,7 +147,7 @@ def answers_of(recommender, history: list[str], places: bool) -> dict[str, objec
 @pytest.mark.slow
 def test_onnx_runtime_answers_all_but_what_needs_the_language_model(served, recommender, everyone):
     onnx, known = OnnxRecommender(served, "per_layer+id+cheap", threads=1), recommender.items
-    assert list(onnx.missing) == ["place"]
+    assert onnx.no_place is not None
     with pytest.raises(NotOffered, match="semantic"):
         onnx.place(everyone[0], "amber lamp")
     for history in (everyone[0], everyone[1][:1], []):
@@ -160,28 +160,6 @@ def test_onnx_runtime_answers_all_but_what_needs_the_language_model(served, reco
     sample = onnx.sample_user(5)
     assert len(set(sample)) == 5
     assert max(sample) < len(known)
-
-
-@pytest.mark.slow
-def test_an_export_of_an_earlier_version_recommends_and_says_what_it_lacks(
-    served, recommender, everyone, tmp_path, capsys
-):
-    folder = shutil.copytree(served, tmp_path / "served")
-    for name in ("catalogue.parquet", "parts.npz"):
-        (folder / name).unlink()
-    facts = read_json(folder / "client.json")
-    del facts["recommender"]
-    write_json(folder / "client.json", facts)
-    known = read_manifest(folder, "served")
-    write_manifest(folder, "served", settings=known["settings"], made_from=known["made_from"])
-    onnx, _ = load_recommender(settings_of(folder, backend="onnx", threads=1), folder)
-    said = capsys.readouterr().err
-    assert all(f"{what} is not offered" in said for what in ("similar", "explain", "compare", "place", "diversify"))
-    assert same(onnx.recommend(everyone[:5]), recommender.recommend(everyone[:5]))
-    with pytest.raises(NotOffered, match="rarec export BUNDLE"):
-        onnx.compare(everyone[0])
-    with pytest.raises(NotOffered):
-        onnx.recommend(everyone[:1], diversify=0.5)
 
 
 @pytest.mark.slow
@@ -290,7 +268,7 @@ def test_other_bundles(tmp_path, kind, overrides):
     onnx = OnnxRecommender(folder, recommender.row, threads=1)
     for history in users[:3]:
         if recommender.bundle.facts["model"]:
-            places = "place" not in onnx.missing
+            places = onnx.no_place is None
             assert_same_answers(*(answers_of(each, history, places) for each in (onnx, recommender)))
         else:
             assert_same_answers(*(each.compare(history) for each in (onnx, recommender)))

@@ -141,13 +141,6 @@ def test_unknown_ids_in_rules_are_skipped_and_reported(client, recommender):
     assert [[one["item"] for one in user["items"]] for user in found["results"]] == [[], ["i002"]]
 
 
-def test_a_field_of_earlier_versions_is_refused_with_the_name_of_the_new_one(client):
-    answer = client.post("/v1/recommend", json={"histories": [["i001"]], "popular_if_empty": True})
-    assert answer.status_code == 422
-    assert "popular_if_empty" in answer.json()["problem"]
-    assert "fallback" in answer.json()["remedy"]
-
-
 def test_the_other_answers_are_those_of_the_bundle(client, recommender):
     history, item = recommender.items[:4], recommender.items[9]
     assert pairs(post(client, "items/similar", item=item, k=3)["items"]) == recommender.similar(item, k=3)

@@ -7,7 +7,6 @@ fused vectors.
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,11 +52,11 @@ class BaseRecommender(ABC):
         row: name of the row.
         items: ids of the catalogue.
         rules: what narrows, mixes and fills the lists.
-        missing: methods that cannot answer, and why; `diversify` among them.
+        no_place: why `place` cannot answer, if so.
         text_vectors: the language model's vectors of texts, if they are there.
     """
 
-    missing: Mapping[str, NotOffered] = MappingProxyType({})
+    no_place: NotOffered | None = None
     text_vectors: "TextVectors | None" = None
 
     def __init__(self, served: Row, catalogue: Catalogue, date: str | None) -> None:
@@ -85,15 +84,6 @@ class BaseRecommender(ABC):
         return self._row.new_items(self.catalogue, self.text_vectors)
 
     # What it answers.
-
-    def require(self, what: str) -> None:
-        """Refuse what is missing: a method's name, or `diversify`.
-
-        Raises:
-            NotOffered: it is.
-        """
-        if what in self.missing:
-            raise self.missing[what].with_traceback(None)
 
     def recommend(
         self,
@@ -138,8 +128,6 @@ class BaseRecommender(ABC):
         Raises:
             UserError: see `recommend`.
         """
-        if any(request.diversify for request in requests):
-            self.require("diversify")
         histories, unknown = self.rules.rows([request.history for request in requests])
         plans = self.rules.plans(requests, histories)
         return Recommendations(self._ranked(plans), unknown, [plan.unknown for plan in plans])
@@ -180,7 +168,6 @@ class BaseRecommender(ABC):
         Raises:
             UserError: k is not positive, the item is not in the catalogue, or this row has no vectors.
         """
-        self.require("similar")
         check_k(k)
         row = int(self._known([item])[0])
         if self._row.compared_NZ is None:
@@ -198,7 +185,6 @@ class BaseRecommender(ABC):
         Raises:
             UserError: k is not positive, or the item is not in the catalogue.
         """
-        self.require("explain")
         check_k(k)
         (rows,), _ = self.rules.rows([history])
         row = int(self._known([item])[0])
@@ -222,7 +208,6 @@ class BaseRecommender(ABC):
         Raises:
             UserError: k is not positive.
         """
-        self.require("compare")
         check_k(k)
         (rows,), _ = self.rules.rows([history])
         best = {}
@@ -237,9 +222,11 @@ class BaseRecommender(ABC):
         """Return the place that a new item would have after a history, if `rarec items add` had added it.
 
         Raises:
+            NotOffered: see `no_place`.
             UserError: this row has no language model.
         """
-        self.require("place")
+        if self.no_place:
+            raise self.no_place.with_traceback(None)
         (rows,), _ = self.rules.rows([history])
         query_VF = self.queries([rows])[0]
         shares_NP = np.vstack([self._row.shares(query_VF, rows), self._shares_of_new(query_VF, rows, title, text)])

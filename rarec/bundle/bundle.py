@@ -98,8 +98,6 @@ class Bundle:
         """
         bundle = cls(directory, read_manifest(directory, "bundle"), trusted)
         files = bundle.manifest["files"]
-        if FACTS not in files:
-            raise UserError(f"{directory} was exported by an earlier version: it has no {FACTS}", REMEDY)
         own = {FACTS, ITEMS, VECTORS, ENCODERS, ORDER, *bundle.weights, *map(_table_file, bundle.tables)}
         check_files(directory, bundle.manifest, REMEDY, names=sorted(set(files) - own))
         inside = (path for path in (bundle.llm.rglob("*") if bundle.llm else ()) if not path.is_dir())

@@ -15,15 +15,6 @@ from rarec.config.shipped import shipped_files
 from rarec.errors import LONGEST, UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
-RENAMED: dict[str, str | None] = {
-    "train.arms": "train.variants",
-    "export.arm": "export.variant",
-    "evaluate.probes": "evaluate.sanity_checks",
-    "alignment.missing": "alignment.id_dropout",
-    "run.ranks": "run.num_processes",
-    "alignment.ridge": None,
-}
-"""Old names of fields, with the new ones; None for fields that are gone. All are refused, with the new name."""
 PRESET = "preset"
 """Field beside the sections: a file of fields, such as `llara_input` (configs/presets/)."""
 _FIELDS = "correct it: docs/configuration.md has every field, with its type and meaning"
@@ -188,9 +179,6 @@ def _shown(value: object) -> str:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in detail["loc"])[:LONGEST]
-    if field in RENAMED:
-        new = RENAMED[field]
-        return f"field `{field}` is now called `{new}`: rename it" if new else f"field `{field}` is gone: leave it out"
     if detail["type"] == "extra_forbidden":
         return f"unknown field `{field}`{_nearest(detail['loc'], model)}"
     if detail["type"] == "missing":

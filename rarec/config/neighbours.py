@@ -1,9 +1,8 @@
 """The section `neighbours`: models that are counted or solved, not trained."""
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_serializer
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from rarec.config.method import NO_VARIANTS, VARIANTS, check_own_name
 from rarec.config.registry import KINDS, find
@@ -88,11 +87,6 @@ class Neighbours(Section):
         for config in configs:
             _validated(config, {**info.data, **given})
         return given
-
-    @model_serializer(mode="wrap")
-    def _without_empty_settings(self, serialise: Callable[["Neighbours"], dict[str, Any]]) -> dict[str, Any]:
-        """Leave `settings` out where there are none: what was made before this field came is up to date."""
-        return {name: value for name, value in serialise(self).items() if name != "settings" or value}
 
     @property
     def by_name(self) -> dict[str, str]:

@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered, Rows
-from rarec.bundle.recommended import COLUMNS, Catalogue
+from rarec.bundle.recommended import Catalogue
 from rarec.bundle.row import Part, Row, Table
 from rarec.bundle.rules import Plan
 from rarec.config.method import Prompt
 from rarec.errors import UserError
-from rarec.export import AGAIN, CATALOGUE, ITEM, TABLES, TOKENIZER
+from rarec.export import CATALOGUE, ITEM, TABLES, TOKENIZER
 from rarec.export.rarec_client import BATCH, Client, run
 from rarec.neighbours.scores import factor_of_sums
 from rarec.prompts import PromptPair, TextTokenizer, lay_out
-
-NEED_PARTS = ("similar", "explain", "compare", "place", "diversify")
-"""What needs the single parts of the row, which earlier exports lack."""
 
 
 class OnnxRecommender(BaseRecommender):
@@ -40,28 +36,20 @@ class OnnxRecommender(BaseRecommender):
 
     def __init__(self, folder: Path, row: str, threads: int = 0, batch: int | None = None) -> None:
         self._client = client = Client(folder, threads, batch=batch or BATCH)
-        self._facts: Mapping[str, Any] = client.facts.get("recommender", {"parts": {}, "compared": None, "date": None})
-        if self._facts["parts"]:
-            if any("new_weight" not in part for part in self._facts["parts"].values()):
-                raise UserError(
-                    f"{folder} was written by an earlier version: its parts say nothing of new items", AGAIN
-                )
-            catalogue = Catalogue.read(Path(client.checked(CATALOGUE)).read_bytes())
-        else:
-            items = pq.read_table(client.checked("items.parquet"), columns=["id", "title", "text", "train_count"])
-            catalogue = Catalogue.of(items.rename_columns(list(COLUMNS)))
+        self._facts: Mapping[str, Any] = client.facts["recommender"]
+        catalogue = Catalogue.read(Path(client.checked(CATALOGUE)).read_bytes())
         super().__init__(self._read_row(row), catalogue, self._facts["date"])
-        self.missing = self._missing()
+        self.no_place = self._no_place()
 
     def _read_row(self, name: str) -> Row:
-        facts, client = self._facts["parts"], self._client
-        own = client.arrays(TABLES) if facts else {}
+        client = self._client
+        own = client.arrays(TABLES)
         parts = {
             name: Part(**part, vectors_NZ=own.get(f"{name}/vectors"), lacking_N=own.get(f"{name}/lacking"))
-            for name, part in facts.items()
+            for name, part in self._facts["parts"].items()
         }
         exported = {name: client.tables[name] for name in parts if name in client.tables}
-        rule: Mapping[str, Any] = next(iter(self._facts.get("words", {}).values()), {})
+        rule: Mapping[str, Any] = next(iter(self._facts["words"].values()), {})
         row = Row(name, parts, exported, client.facts["newest"], client.facts["decay"], self._facts["compared"], **rule)
         return replace(row, tables={name: self._own_table(row, name) for name in exported}, order=client.order)
 
@@ -73,23 +61,18 @@ class OnnxRecommender(BaseRecommender):
         factor_N = factor_of_sums(row.table_weights[name])
         return starts, neighbours, (values / factor_N[neighbours]).astype(np.float32)
 
-    def _missing(self) -> dict[str, NotOffered]:
-        if not self._row.parts:
-            error = NotOffered(f"{self._client.folder} was written by an earlier version: it lacks single parts", AGAIN)
-            return dict.fromkeys(NEED_PARTS, error)
+    def _no_place(self) -> NotOffered | None:
         if ITEM not in self._client.files:
-            return {}
-        if reads := self._facts.get("reads_llm"):  # exports of earlier versions say nothing of it, and have none
+            return None
+        if reads := self._facts["reads_llm"]:
             problem = f"{self._client.folder} has no language model, by which `{reads[0]}` compares new items"
-            return {"place": NotOffered(problem, "rarec serve BUNDLE --backend torch")}
+            return NotOffered(problem, "rarec serve BUNDLE --backend torch")
         if TOKENIZER not in self._client.files:
             problem = f"{self._client.folder} lacks {TOKENIZER}: the tokenizer has no such form"
-            return {"place": NotOffered(problem, "rarec serve BUNDLE --backend torch")}
+            return NotOffered(problem, "rarec serve BUNDLE --backend torch")
         needed = {"tokenizers": "tokenizers"} | ({"sklearn": "scikit-learn"} if self._facts["words"] else {})
         absent = [package for module, package in needed.items() if not _is_there(module)]
-        if absent:
-            return {"place": NotOffered(f"{absent[0]} is not installed", f"pip install {' '.join(absent)}")}
-        return {}
+        return NotOffered(f"{absent[0]} is not installed", f"pip install {' '.join(absent)}") if absent else None
 
     def best(self, plans: Sequence[Plan]) -> list[tuple[Rows, Float32]]:
         """See `BaseRecommender`."""

@@ -40,7 +40,7 @@ class Client:
     def __init__(self, folder: Path | str, threads: int = 0, graph: str = "query.onnx", batch: int = BATCH) -> None:
         self.folder = Path(folder)
         self.files = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name in {"rarec_scores.py", "rarec_order.py"} & set(self.files):  # earlier exports have none
+        for name in ("rarec_scores.py", "rarec_order.py"):
             self.checked(name)
         self.threads, self.batch = threads, batch
         self.graph = self.session(graph)

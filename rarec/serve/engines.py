@@ -21,8 +21,8 @@ def load_recommender(settings: ServeSettings, path: Path) -> tuple[BaseRecommend
         UserError: it is missing or damaged.
     """
     recommender, version = (_load_onnx if settings.backend == "onnx" else _load_torch)(path, settings)
-    for what, error in recommender.missing.items():
-        event("warning", f"{path}: {what} is not offered: {error.problem} -> {error.remedy}")
+    if error := recommender.no_place:
+        event("warning", f"{path}: place is not offered: {error.problem} -> {error.remedy}")
     lengths = [1 + user % LONGEST for user in range(settings.warm_up)]
     recommender.answer(
         [Request(recommender.items[:length]) for length in lengths]

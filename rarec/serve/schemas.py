@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, StrictBool, StrictInt, StrictStr
 
 from rarec.bundle.recommended import Id
-from rarec.errors import UserError
 
 SAFE_INTEGER = 2**53
 # pydantic refuses half a character of UTF-16, which no answer could carry back, where a length is limited
@@ -61,14 +59,6 @@ class RecommendRequest(VectorsRequest):
     """How much the likeness of items within a list counts against them."""
     fallback: Literal["popularity", "recent", "none"] = "popularity"
     """What an empty history gets, and what fills a list that the model leaves short."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_renamed(cls, values: Any) -> Any:
-        """Refuse a field of earlier versions by the name of the new one."""
-        if isinstance(values, Mapping) and "popular_if_empty" in values:
-            raise UserError("popular_if_empty is not a field any more", "write `fallback`: `popularity` is its default")
-        return values
 
 
 def rules(request: RecommendRequest) -> dict[str, Any]:

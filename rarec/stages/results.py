@@ -38,8 +38,7 @@ class EvaluateStage(Stage):
         config = self.run.config
         sections = config.sections("evaluate", "report", "neighbours")
         variants = {"variants": list(config.variants), "main": config.main_variant.name}
-        form = {"fusion": "weights of new items"}  # an evaluation of earlier versions has none, and is refused
-        return {"seed": config.run.seed, **form, **sections, **variants}
+        return {"seed": config.run.seed, **sections, **variants}
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""

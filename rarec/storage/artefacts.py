@@ -18,8 +18,7 @@ from rarec.storage.directories import CHECKED, MARKER, claim, drop_listed, new_d
 from rarec.storage.files import read_json, remove_stale, sha256_file, write_json
 
 SCHEMA = 3
-"""Of manifests. 1 called variants `arms` and sanity checks `probes`, and had a `done.json` beside a training's; 2 had
-no seal, and no markers in directories."""
+"""Of manifests."""
 MAKERS = {"bundle": "export", "checkpoint": "train"}
 """The command that makes a kind of artefact, where it is not the kind's own name."""
 MANIFEST = "manifest.json"
@@ -107,7 +106,7 @@ def read_manifest(directory: Path, kind: str) -> Manifest:
         raise UserError(f"{directory} has no {MANIFEST}", f"build it first: rarec {MAKERS.get(kind, kind)} CONFIG")
     plain = read_json(path, rebuild(kind))
     schema = plain.get("schema", SCHEMA) if isinstance(plain, dict) else SCHEMA
-    if schema != SCHEMA:  # before the seal, which older ones lack
+    if schema != SCHEMA:  # before the seal, which another may lack
         problem = f"{path} has schema {schema}, this version of rarec reads schema {SCHEMA}"
         raise UserError(problem, f"move {directory} away, and build it again, or use the version that made it")
     manifest = read_sealed(path, rebuild(kind))

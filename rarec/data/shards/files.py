@@ -279,7 +279,7 @@ def open_samples(stream: Stream, directory: Path, manifest: Mapping[str, Any], c
     Raises:
         UserError: the index does not belong to these shards, or the fields of `train.stream` contradict each other.
     """
-    tars, most = Tars(directory), MAX_OPEN * manifest["settings"].get("folds", 1)
+    tars, most = Tars(directory), MAX_OPEN * manifest["settings"]["folds"]
     if stream.remote is not None:
         if stream.damaged == "skip":
             problem = "train.stream: `damaged: skip` needs local tars, but `remote` is set"
