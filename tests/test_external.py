@@ -47,6 +47,24 @@ def test_ranks_come_in_the_order_of_the_test_users(tmp_path):
     assert read(path) == ([5, 1, 3], [f"{path}: 1 users are no test users: ignored"])
 
 
+SEVERAL = EvalBatch(np.array([0, 0, 1]), [np.array([4]), np.array([4, 0]), np.array([1])], np.array([0, 1, 1]), False)
+
+
+def test_the_questions_of_one_user_are_told_apart_by_their_place(tmp_path):
+    """ann has two questions: scores of each have their own target, and no seen item is left out."""
+    path = parquet(tmp_path, user=["ann", "bob", "ann"], place=[2, 1, 1], rank=[4, 2, 3])
+    assert read(path, SEVERAL)[0] == [3, 4, 2]
+    score = {"user": ["ann", "ann", "ann", "bob"], "place": [1, 1, 2, 1], "item": ["e", "a", "b", "b"]}
+    assert read(parquet(tmp_path, **score, score=[2.0, 1.0, 1.0, 1.0]), SEVERAL)[0] == [2, 1, 1]
+    for place, problem in (([1, 3], "row 2, column `place`: 3"), ([0, 1], "row 1, column `place`: 0")):
+        with pytest.raises(UserError, match=problem):
+            read(parquet(tmp_path, user=["ann", "ann"], place=place, rank=[1, 1]), SEVERAL)
+    with pytest.raises(UserError) as caught:
+        read(parquet(tmp_path, user=["ann", "bob"], rank=[1, 1]), SEVERAL)
+    assert "'ann', place 2" in caught.value.problem
+    assert "`place`" in caught.value.remedy
+
+
 def test_scores_exclude_earlier_items_and_ties_count_against_the_system(tmp_path):
     """ann: e was seen, b ties: rank 2. bob: a was seen: rank 1. cat: c is not listed: rank 5. zoe is no test user."""
     rows = [
@@ -101,8 +119,8 @@ def test_ids_of_categories_and_of_long_columns_are_read(tmp_path, kind):
         ({"user": ["ann", None, "cat"], "rank": [1, 2, 3]}, "row 2, column `user`", "id"),
         ({"user": ANN, "user ": ANN, "rank": [[1], [2], [3]]}, "column `rank` holds list", "numbers"),
         ({"user": ["ann", "bob", "cat", "ann"], "rank": [1, 2, 3, 1]}, "row 4, column `user`: 'ann'", "one row"),
-        ({"user": ["ann"], "rank": [1]}, "column `user` lacks 2 of 3 test users, such as 'bob'", "ranks.parquet"),
-        ({"user": ["ann"], "item": ["a"], "score": [1.0]}, "column `user` lacks 2 of 3", "ranks.parquet"),
+        ({"user": ["ann"], "rank": [1]}, "lacks 2 of 3 questions, such as that of user 'bob'", "ranks.parquet"),
+        ({"user": ["ann"], "item": ["a"], "score": [1.0]}, "lacks 2 of 3", "ranks.parquet"),
         ({"user": ["ann", *ANN], "item": ["a"] * 4, "score": [1.0] * 4}, "row 2, column `item`: 'a'", "one row"),
         ({"user": ANN, "item": ["a"] * 3, "score": [1.0, np.nan, 1.0]}, "row 2, column `score`", "give one"),
     ],

@@ -290,7 +290,7 @@ def test_memory_of_a_ranking_does_not_grow_with_the_users(finished):
         targets = EvalTargets(rows, np.resize(known.positions, users), np.resize(known.item_rows, users))
         tracemalloc.start()
         for shuffled_by in (None, 1):
-            ranker.ranks(EvalBatch.of(dataset, targets, shuffled_by), users_at_a_time=256)
+            ranker.ranks(EvalBatch.of(dataset, targets, shuffled_by=shuffled_by), users_at_a_time=256)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most

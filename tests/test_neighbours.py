@@ -223,9 +223,11 @@ def test_a_missing_title_is_no_word_and_one_that_holds_its_words_is():
     assert (near_NN.toarray() > 0).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
 
 
-def test_the_newest_of_a_long_history_count(engine, finished):
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_newest_of_a_long_history_count(engine, finished, refit):
     dataset = open_run(finished).dataset
-    log = engine.keep("log", read_training_log(engine, dataset.directory, 3))
+    dataset = dataset.refitted() if refit else dataset
+    log = engine.keep("log", read_training_log(engine, dataset, 3))
     rows = [row for batch in engine.batches(log) for row in batch.to_pylist()]
     ends_U = dataset.train_length_U
     expected = [

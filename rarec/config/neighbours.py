@@ -9,6 +9,8 @@ from rarec.config.registry import KINDS, find
 from rarec.config.section import Count, Positive, Rate, Section, Share, Weight, check_settings
 
 KIND = "neighbour_models"
+REFIT = ".refit"
+"""End of the name of a table that was counted again, with the validation interactions (`evaluate.refit`)."""
 BUILT_IN = tuple(KINDS[KIND].built_in)
 _OWN_TITLES: dict[str, str] = {}
 """Titles of the models of the user's own that this process has met, by name."""

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rarec.config.ids import IMPORTED_FILES, OLDER, Ids, Import
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout, Variant, VariantName, variant_of
-from rarec.config.neighbours import Neighbours
+from rarec.config.neighbours import REFIT, Neighbours
 from rarec.config.section import (
     Blocks,
     ColumnName,
@@ -274,8 +274,18 @@ class Train(Section):
 class Evaluate(Section):
     """Ranking of the whole catalogue on the test users."""
 
-    cutoffs: Annotated[list[Count], Field(min_length=1, max_length=1_000)] = Field(default=[1, 5, 10, 20, 50, 100])
+    cutoffs: Annotated[list[Count], Field(min_length=1, max_length=1_000)] = Field(default=[1, 3, 5, 10, 20, 50, 100])
     """The K of HR@K and NDCG@K."""
+    targets: Literal["first", "all"] = "first"
+    """Questions of a temporal or given split: each user's first interaction in the window that has a history, or every
+    one from that on, each with its own history. Intervals are over users in any case."""
+    max_history: Count | None = None
+    """Number of newest items of a history that are known to every model and fusion; by default all."""
+    exclude_seen: bool = True
+    """The items of the history do not compete; with false they may be recommended again, as where users repeat."""
+    refit: Literal["validation"] | None = None
+    """Add rows `ROW/refit`: fusions with the untrained baselines where those that are counted from interactions (not
+    the models of texts, and nothing that chooses an epoch) are fitted on the validation interactions as well."""
     users: Count | None = None
     """Number of test users to rank, a fixed random subset that is the same for every seed; all by default."""
     sanity_checks: bool = True
@@ -369,6 +379,14 @@ class RunConfig(Section):
         """The section of everything that `rarec ids` makes, in its order: the sources, and the ID models of samples."""
         first = {OLDER: self.ids} if self.ids.for_samples != ["id"] else {}
         return {**first, **self.sources_by_name, **dict.fromkeys(self.ids.for_samples, self.ids)}
+
+    @property
+    def neighbour_tables(self) -> list[str]:
+        """The tables that `rarec neighbours` makes: of each model, and those counted again for `evaluate.refit`."""
+        names = list(self.neighbours.by_name)
+        if not self.evaluate.refit:
+            return names
+        return names + [name + REFIT for name in names if not self.neighbours.class_of(name).knows_new_items]
 
     @property
     def variants(self) -> dict[str, Variant]:

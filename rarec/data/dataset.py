@@ -26,10 +26,10 @@ BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class EvalTargets:
-    """The evaluation targets of one part of the split: one item for each of S users, in the order of user rows.
+    """The questions of one part of the split: the target of each, in the order of user rows, then of positions.
 
     Attributes:
-        user_rows: (S,).
+        user_rows: (S,); a user has one question, or every one of a window.
         positions: (S,) position of the target in the user's sequence; the items before it are the history.
         item_rows: (S,) the target.
     """
@@ -58,6 +58,7 @@ class PreparedDataset:
         validation_U: position of the validation target in the user's sequence, or -1.
         test_U: position of the test target, or -1.
         item_rows_I: item of every interaction, grouped by user row, in each user's order.
+        refit: whether the validation interactions train as well; see `refitted`.
     """
 
     directory: Path
@@ -74,6 +75,7 @@ class PreparedDataset:
     validation_U: Int32
     test_U: Int32
     item_rows_I: Int32
+    refit: bool = False
 
     @classmethod
     def open(cls, directory: Path) -> "PreparedDataset":
@@ -149,11 +151,24 @@ class PreparedDataset:
             users_U: marks the users; all by default.
         """
         train_length_U = self.train_length_U - self.held_out_U(share) * (True if users_U is None else users_U)
-        held = replace(self, train_length_U=train_length_U)
+        return self._training_on(train_length_U)
+
+    def refitted(self) -> "PreparedDataset":
+        """Return the dataset with the validation interactions as training: for models that are fitted without a choice.
+
+        Validation and test targets and their histories stay as they are.
+        """
+        until_U = np.where(self.test_U >= 0, self.test_U, self.lengths_U)
+        lengths_U = np.where(self.validation_U >= 0, until_U, self.train_length_U)
+        return replace(self._training_on(lengths_U), refit=True)
+
+    def _training_on(self, train_length_U: Int32) -> "PreparedDataset":
+        """Return the dataset with other numbers of training interactions."""
+        changed = replace(self, train_length_U=train_length_U)
         counts_N = np.zeros(self.n_items, np.int64)
-        for _, items_i in held.training_items():
+        for _, items_i in changed.training_items():
             counts_N += np.bincount(items_i, minlength=self.n_items)
-        return replace(held, train_counts_N=counts_N)
+        return replace(changed, train_counts_N=counts_N)
 
     def training_items(self) -> Iterator[tuple[slice, Int32]]:
         """Yield runs of users, and the item rows of all their training interactions, user by user, oldest first."""
@@ -202,19 +217,28 @@ class PreparedDataset:
         items: Int32 = self.item_rows_I[self.starts_U[user_rows] + positions]
         return items
 
-    def targets(self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0) -> EvalTargets:
+    def targets(
+        self, part: Literal["validation", "test"], limit: int | None = None, seed: int = 0, *, every: bool = False
+    ) -> EvalTargets:
         """Return the targets of one part of the split, in the order of user rows.
 
         Args:
             part: `validation` or `test`.
             limit: largest number of users; a fixed random subset is drawn if there are more.
             seed: seed of that draw.
+            every: each interaction of the part from a user's first target on is a target.
         """
         positions_U = self.validation_U if part == "validation" else self.test_U
         user_rows = np.flatnonzero(positions_U >= 0).astype(np.int32)
         if limit is not None and limit < len(user_rows):
             user_rows = np.sort(np.random.default_rng(seed).choice(user_rows, limit, replace=False))
         positions = positions_U[user_rows]
+        if every:
+            ends_U = np.where(self.test_U >= 0, self.test_U, self.lengths_U) if part == "validation" else self.lengths_U
+            counts = ends_U[user_rows] - positions
+            before = np.repeat(np.cumsum(counts) - counts, counts)
+            user_rows, positions = np.repeat(user_rows, counts), np.repeat(positions, counts)
+            positions = (positions + np.arange(len(before)) - before).astype(np.int32)
         return EvalTargets(user_rows, positions, self.items_at(user_rows, positions))
 
 

@@ -1,8 +1,9 @@
 """One evaluation: every variant, fusion and sanity check ranks the full catalogue for the same test users."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,26 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from rarec.config import RunConfig
+from rarec.config.neighbours import REFIT
 from rarec.data.dataset import PreparedDataset
 from rarec.distributed.world import World
 from rarec.evaluation.external import external_ranks
 from rarec.evaluation.fusion import fuse
 from rarec.evaluation.learned import FEWEST, examples_of, learn
 from rarec.evaluation.lists import ListMetrics
-from rarec.evaluation.results import ALL_CHEAP, CHEAP, FUSED, ID_ONLY, LEARNED, LISTED, ORACLE, WITHOUT, part_title
+from rarec.evaluation.results import (
+    ALL_CHEAP,
+    CHEAP,
+    FUSED,
+    ID_ONLY,
+    LEARNED,
+    LISTED,
+    ORACLE,
+    POPULARITY,
+    REFITTED,
+    WITHOUT,
+    part_title,
+)
 from rarec.evaluation.rows import comparison_rows, metric_rows, pairs_of_interest, slots_and_rival, strata_rows
 from rarec.ranking.learned import LearnedRanker
 from rarec.ranking.order import CANDIDATES
@@ -41,7 +55,7 @@ class Evaluator:
         config: configuration of the run.
         dataset: prepared dataset.
         ids: ranker of the ID model that variants are compared and fused with.
-        neighbours: rankers of the neighbour models, by name.
+        neighbours: rankers of the neighbour tables, by name (`RunConfig.neighbour_tables`).
         world: processes that share the work.
         say: prints one line to the user.
 
@@ -60,15 +74,18 @@ class Evaluator:
         world: World,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.dataset, self.neighbours, self.world, self.say = config, dataset, neighbours, world, say
+        self.config, self.dataset, self.world, self.say = config, dataset, world, say
+        self.neighbours = {name: ranker for name, ranker in neighbours.items() if not name.endswith(REFIT)}
         self.main, self.seed = config.main_variant.name, config.run.seed
-        self.targets = dataset.targets("test", config.evaluate.users, USERS_SEED)
-        self.test = EvalBatch.of(dataset, self.targets)
-        validation = dataset.targets("validation", config.train.validation_users, self.seed)
-        self.validation = EvalBatch.of(dataset, validation).keeping_chunks()
+        self.test = self._asked("test", config.evaluate.users, USERS_SEED)
+        self.validation = self._asked("validation", config.train.validation_users, self.seed).keeping_chunks()
         self.external = external_ranks(config.evaluate.external, dataset, self.test, say)  # before hours of ranking
         self.ids: Ranker = CachedRanker(ids)
-        self.cheap: dict[str, Ranker] = {**neighbours, "popularity": VectorRanker.of_counts(dataset.train_counts_N)}
+        self.cheap: dict[str, Ranker] = {**self.neighbours, POPULARITY: VectorRanker.of_counts(dataset.train_counts_N)}
+        self.refitted: dict[str, Ranker] = {}
+        if config.evaluate.refit:
+            again = {name.removesuffix(REFIT): table for name, table in neighbours.items() if name.endswith(REFIT)}
+            self.refitted = {**again, POPULARITY: VectorRanker.of_counts(dataset.refitted().train_counts_N)}
         self.lists = ListMetrics(dataset, ids.items_NZ)
         self.ranks: Ranks = {}
         self.validation_ranks: Ranks = {}
@@ -81,6 +98,15 @@ class Evaluator:
         self._example_rows = np.sort(rows)  # drawn at random, so that nobody picks flattering ones
         self._best: Ranks = {}
         self._bootstrap = {"resamples": config.evaluate.resamples, "seed": self.seed}
+
+    def _asked(
+        self, part: Literal["validation", "test"], users: int | None, seed: int, shuffled_by: int | None = None
+    ) -> EvalBatch:
+        """Return the questions of some users, as the section `evaluate` asks them."""
+        asked = self.config.evaluate
+        targets = self.dataset.targets(part, users, seed, every=asked.targets == "all")
+        newest, exclude = asked.max_history, asked.exclude_seen
+        return EvalBatch.of(self.dataset, targets, newest=newest, exclude_seen=exclude, shuffled_by=shuffled_by)
 
     def rank_untrained(self) -> None:
         """Rank by the ID model and, with late fusion, by the untrained baselines and their fusions."""
@@ -111,7 +137,7 @@ class Evaluator:
         if name == self.main and evaluate.fusion:
             self._rank(self.test, self._without_one(name + FUSED + CHEAP, parts))
         if name == self.main and evaluate.sanity_checks:
-            shuffled = EvalBatch.of(self.dataset, self.targets, self.seed)
+            shuffled = self._asked("test", evaluate.users, USERS_SEED, self.seed)
             self._rank(shuffled, {f"{name}/shuffled_history": ranker})
             self._rank(self.test, {f"{name}/permuted_ids": ranker_of(True)})
 
@@ -124,13 +150,15 @@ class Evaluator:
         if self.orders:
             save_file(self.orders, directory / ORDERS)
         cutoffs, main = self.config.evaluate.cutoffs, self.main
+        tested: dict[str, Any] = {**self._bootstrap, "users": self.test.user_rows}
+        validated: dict[str, Any] = {**self._bootstrap, "users": self.validation.user_rows}
         pairs = pairs_of_interest(self.ranks, main)
         examples = [self._example(number, row) for number, row in enumerate(self._example_rows)]
         tables: dict[str, Any] = {
-            "metrics.json": metric_rows(self.ranks, cutoffs, **self._bootstrap) + self.lists.rows(**self._bootstrap),
-            "validation.json": metric_rows(self.validation_ranks, cutoffs, **self._bootstrap),
-            "comparisons.json": comparison_rows(self.ranks, pairs, cutoffs, **self._bootstrap),
-            "strata.json": self._strata(),
+            "metrics.json": metric_rows(self.ranks, cutoffs, **tested) + self.lists.rows(**tested),
+            "validation.json": metric_rows(self.validation_ranks, cutoffs, **validated),
+            "comparisons.json": comparison_rows(self.ranks, pairs, cutoffs, **tested),
+            "strata.json": self._strata(tested),
             "fusion.json": self.fusions,
             "examples.json": examples,
             "diagnostics.json": self.diagnostics,
@@ -141,10 +169,8 @@ class Evaluator:
 
     def _keep_best(self, name: str, ranker: Ranker) -> None:
         """Keep the best items of each example, (examples, 10)."""
-        test, rows = self.test, self._example_rows
-        if len(rows):
-            examples = EvalBatch(test.user_rows[rows], [test.histories[row] for row in rows], test.targets[rows])
-            self._best[name] = ranker.top_k(examples, TOP)
+        if len(self._example_rows):
+            self._best[name] = ranker.top_k(self.test.part(self._example_rows), TOP)
 
     def _example(self, number: int, row: int) -> dict[str, Any]:
         """Return a row of examples.json: {user, history, target, target_rank, top}.
@@ -162,9 +188,9 @@ class Evaluator:
             "top": {name: [titles[item] for item in best[number] if item >= 0] for name, best in self._best.items()},
         }
 
-    def _strata(self) -> list[dict[str, Any]]:
+    def _strata(self, bootstrap: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the rows of strata.json, without the sanity checks."""
-        lengths = self.targets.positions  # a target's position is the length of the history before it
+        lengths = np.array([len(history) for history in self.test.histories])
         popularity = self.dataset.train_counts_N[self.test.targets]
         strata: dict[str, npt.NDArray[Any]] = {"history length": lengths, "popularity": popularity}
         if (popularity == 0).any():
@@ -173,7 +199,7 @@ class Evaluator:
             listed = [ranker.lists_targets(self.test) for ranker in self.neighbours.values()]
             strata["neighbour models that list the target"] = np.sum(listed, axis=0)
         plain = {name: value for name, value in self.ranks.items() if "/" not in name}
-        return strata_rows(plain, strata, slots_and_rival(plain, self.main), **self._bootstrap)
+        return strata_rows(plain, strata, slots_and_rival(plain, self.main), **bootstrap)
 
     def _without_one(self, row: str, parts: dict[str, Ranker]) -> dict[str, Ranker]:
         """Return the fusions of all parts but one; without the first, the variant itself, it is a row of its own."""
@@ -200,20 +226,19 @@ class Evaluator:
         fusion = rankers.get(row)
         if not self.config.evaluate.learned_users or not isinstance(fusion, FusedRanker) or not fusion.taught:
             return {}
-        targets = self.dataset.targets("validation", self.config.evaluate.learned_users, self.seed)
-        examples = examples_of(fusion.taught, EvalBatch.of(self.dataset, targets))
+        learners = self._asked("validation", self.config.evaluate.learned_users, self.seed)
+        examples = examples_of(fusion.taught, learners)
         validation = self.validation
         halves = [slice(half, None, 2) for half in range(2)]
         rest = [examples.without(validation.user_rows[half]) for half in halves]
         if (fewest := min(len(np.unique(each.user_rows)) for each in rest)) < FEWEST:
             if row == ID_ONLY + CHEAP:
-                few = f"{fewest:,} of {len(targets.user_rows):,} validation users took one of their {CANDIDATES} best"
-                self.say(f"no learned order, since only {few} items; {FEWEST} are needed")
+                few = f"{fewest:,} of {len(np.unique(learners.user_rows)):,} validation users took one"
+                self.say(f"no learned order: only {few} of their {CANDIDATES} best items; {FEWEST} are needed")
             return {}
         ranks_U = np.zeros(len(validation.user_rows), np.int64)
         for half, each in zip(halves, rest, strict=True):
-            own = EvalBatch(validation.user_rows[half], validation.histories[half], validation.targets[half])
-            ranks_U[half] = LearnedRanker(fusion, learn(each)).ranks(own, self.world)
+            ranks_U[half] = LearnedRanker(fusion, learn(each)).ranks(validation.part(half), self.world)
         order = learn(examples)
         self.validation_ranks[row + LEARNED] = ranks_U
         self.fusions[row + LEARNED] = self.fusions[row]
@@ -228,7 +253,19 @@ class Evaluator:
             fusion: the row whose best items are ordered anew.
         """
         self.validation_ranks |= rank_users(self.validation, rankers, self.world)
-        self._rank(self.test, rankers | self._learned(fusion, rankers), LISTED)
+        rankers |= self._learned(fusion, rankers)
+        self._rank(self.test, rankers, LISTED)
+        if self.refitted:
+            fusions = [row for row in rankers if self.fusions.get(row, {}).keys() & self.refitted.keys()]
+            self._rank(self.test, {row + REFITTED: self._refit(row, rankers[row]) for row in fusions})
+
+    def _refit(self, row: str, ranker: Ranker) -> Ranker:
+        """Return a fusion, in a learned order or not, with its weights as they are and its baselines refitted."""
+        fusion = ranker.fusion if isinstance(ranker, LearnedRanker) else ranker
+        assert isinstance(fusion, FusedRanker)
+        named = zip(self.fusions[row], fusion.parts, strict=True)
+        again = replace(fusion, parts=tuple(self.refitted.get(name, part) for name, part in named))
+        return replace(ranker, fusion=again) if isinstance(ranker, LearnedRanker) else again
 
     def _rank(self, batch: EvalBatch, rankers: dict[str, Ranker], top: int = 0) -> None:
         self.ranks |= rank_users(batch, rankers, self.world, top=top, listed=self.lists.add)
@@ -236,11 +273,15 @@ class Evaluator:
             self.say(f"{name}: HR@10 {(self.ranks[name] <= 10).mean():.4f}, n = {len(self.ranks[name])}")
 
     def _write_ranks(self, path: Path) -> None:
-        """Write a row for each test user and variant: ids of user and target, rank. Each variant is a row group."""
-        test, dataset = self.test, self.dataset
+        """Write a row for each question and variant: user, place among the user's questions, target, rank.
+
+        Each variant is a row group.
+        """
+        test, dataset, places = self.test, self.dataset, pa.array(self.test.places)
         users, targets = dataset.user_ids.take(test.user_rows), dataset.item_ids.take(test.targets)
-        columns = {"variant": pa.string(), "user": users.type, "target": targets.type, "rank": pa.int64()}
-        with pq.ParquetWriter(path, pa.schema(columns)) as writer:
+        columns = {"variant": pa.string(), "user": users.type, "place": pa.int64(), "target": targets.type}
+        schema = pa.schema({**columns, "rank": pa.int64()})
+        with pq.ParquetWriter(path, schema) as writer:
             for variant, values in self.ranks.items():
                 variants = pa.repeat(pa.scalar(variant), len(values))
-                writer.write_table(pa.table([variants, users, targets, pa.array(values)], schema=pa.schema(columns)))
+                writer.write_table(pa.table([variants, users, places, targets, pa.array(values)], schema=schema))

@@ -2,14 +2,17 @@
 
 A file (Parquet, or CSV with a header) has one of two forms; ids are those of the log, other columns are ignored:
 
-- `user`, `rank`: the rank of the user's test target in the full catalogue, without the user's earlier items; 1 is best.
+- `user`, `rank`: the rank of the user's test target in the full catalogue, without the items that do not compete; 1 is
+  best.
 - `user`, `item`, `score`: items with their scores for the user, higher is better; the whole catalogue, or the best few
   hundred.
 
-From scores, ranks follow this project's rule: earlier items are excluded, ties count against the system, and a target
-that is not listed has the worst rank, the number of items in the catalogue.
+Where a user has several questions (`evaluate.targets: all`), `place` says which one: 1 is the user's first.
 
-Shape letters: U test users, N catalogue, R rows of the file, S pairs of user and seen item.
+From scores, ranks follow this project's rule: ties count against the system, and a target that is not listed has the
+worst rank, the number of items in the catalogue.
+
+Shape letters: U questions, N catalogue, R rows of the file, S pairs of question and seen item.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +33,9 @@ from rarec.ranking.rank import EvalBatch
 
 Int64 = npt.NDArray[np.int64]
 FORMS = "`user, rank` or `user, item, score`"
-TYPES = {"user": pa.string(), "item": pa.string(), "score": pa.float64(), "rank": pa.float64()}
+_PLAIN = (["rank", "user"], ["item", "score", "user"])
+_COLUMNS = (*_PLAIN, *(sorted([*columns, "place"]) for columns in _PLAIN))
+TYPES = {"user": pa.string(), "place": pa.float64(), "item": pa.string(), "score": pa.float64(), "rank": pa.float64()}
 IDS = {"user": pa.string(), "item": pa.string()}
 """Ids of CSV files are text, else 007 would be read as 7."""
 
@@ -43,12 +48,12 @@ def external_ranks(
     Args:
         files: paths by name, as in `evaluate.external`: each a Parquet file, or a CSV file (by its name's end, `.csv`).
         dataset: for the ids of users and items.
-        batch: the test users.
+        batch: the questions.
         say: prints a line on how many targets a file does not list, and what is not of this run.
 
     Raises:
-        UserError: a file cannot be read, lacks a column, has a value that is missing or not allowed, names a user (or a
-            user's item) twice, or lacks a test user.
+        UserError: a file cannot be read, lacks a column, has a value that is missing or not allowed, names a question
+            (or an item of one) twice, or lacks a question.
     """
     ranks: dict[str, Int64] = {}
     for name, path in files.items():
@@ -58,7 +63,7 @@ def external_ranks(
 
 
 class _File:
-    """One file, with the row of each user, -1 for those that are no test users."""
+    """One file, with the question of each row, -1 for those of users that are no test users."""
 
     def __init__(self, path: Path, dataset: PreparedDataset, batch: EvalBatch, say: Callable[[str], None]) -> None:
         self.path = path
@@ -73,11 +78,22 @@ class _File:
             null_R = self.table[name].is_null(nan_is_null=True).to_numpy()
             self.refuse(null_R, name, "has no value", "give one (ids as in the log), or drop the row")
         self.user_R = self.rows("user", user_ids, "users are no test users: ignored")
+        if "place" in self.names:
+            self.user_R = self.questions(self.table["place"].to_numpy())
         missing = np.setdiff1d(np.arange(self.n_users), self.user_R)
         if len(missing):
-            such_as = f"{len(missing):,} of {self.n_users:,} test users, such as {user_ids[int(missing[0])].as_py()!r}"
-            remedy = "rank every test user; `rarec evaluate` lists them in evaluation/ranks.parquet"
-            raise UserError(f"{path}, column `user` lacks {such_as}", remedy)
+            such_as = f"{user_ids[int(missing[0])].as_py()!r}, place {batch.places[missing[0]]}"
+            problem = f"{path} lacks {len(missing):,} of {self.n_users:,} questions, such as that of user {such_as}"
+            remedy = "rank them all (columns `user` and `place`); evaluation/ranks.parquet of `rarec evaluate` has them"
+            raise UserError(problem, remedy)
+
+    def questions(self, place_R: npt.NDArray[np.float64]) -> Int64:
+        """Return the question of each row, given that of its user's first and its place among the user's."""
+        first_R, users = self.user_R, self.batch.user_rows
+        asked_R = np.searchsorted(users, users[first_R], side="right") - first_R
+        wrong_R = (first_R >= 0) & ((place_R < 1) | (place_R > asked_R) | (place_R != np.floor(place_R)))
+        self.refuse(wrong_R, "place", "is no question of the user", "number each user's questions from 1")
+        return np.where(first_R < 0, -1, first_R + place_R.astype(np.int64) - 1)
 
     def given_ranks(self) -> Int64:
         """Return the ranks of a file of the first form."""
@@ -112,7 +128,7 @@ class _File:
 
     def seen_pairs(self) -> Int64:
         """Return every pair of user and seen item as one number (S,)."""
-        seen = enumerate(self.batch.histories)
+        seen = enumerate(self.batch.seen)
         return np.concatenate([np.asarray(rows, np.int64) + user * self.n_items for user, rows in seen])
 
     def rows(self, name: str, ids: pa.Array, unknown: str) -> Int64:
@@ -147,7 +163,7 @@ def _read(path: Path) -> pa.Table:
         else:
             table = read_columns(path)
         names = [name for name in table.column_names if name in TYPES]
-        if sorted(names) not in (["rank", "user"], ["item", "score", "user"]):
+        if sorted(names) not in _COLUMNS:
             problem = f"{path} has the columns {', '.join(table.column_names)}"
             raise UserError(problem, f"give it {FORMS}, each column once, and not both forms")
         for name in names:

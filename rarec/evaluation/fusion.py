@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from rarec.neighbours.scores import NEW
-from rarec.ranking.rank import EvalBatch, largest
+from rarec.ranking.rank import EvalBatch, largest, seen_pairs
 from rarec.ranking.rankers import FusedRanker, Ranker, UnmetRanker, VectorRanker, new_items
 
 COMPARED_USERS = 64
@@ -136,8 +136,7 @@ def _fitted(ranker: FusedRanker, validation: EvalBatch) -> _Fitted:
 
 def _spread(ranker: Ranker, batch: EvalBatch) -> float:
     """Return the standard deviation over items of a few users' scores; 0 if all are equal up to rounding."""
-    few = slice(COMPARED_USERS)
-    scores = ranker.scored(EvalBatch(batch.user_rows[few], batch.histories[few], batch.targets[few]))
+    scores = ranker.scored(batch.part(slice(COMPARED_USERS)))
     deviations, peak = [], 0.0
     for block in user_blocks(scores.n_users, scores.n_items):
         own_BN = scores.block(block).numpy(force=True).astype(np.float64)
@@ -250,8 +249,7 @@ class ValidationLikelihood:
                 stands_for_BN = torch.zeros(len(targets_B), scores.n_items)
                 if scores.hidden_N is not None:
                     stands_for_BN[:, torch.from_numpy(scores.hidden_N)] = -torch.inf
-                for row, history in enumerate(chunk.histories[part]):
-                    stands_for_BN[row, torch.as_tensor(np.asarray(history, np.int64))] = -torch.inf
+                stands_for_BN[seen_pairs(chunk.seen[part])] = -torch.inf
                 stands_for_BN[torch.arange(len(targets_B)), targets_B] = 0.0
                 parts = list(scores.parts(part))
                 scores_PBN = torch.stack([factors_N.to(parts[at].device) * parts[at] for at, factors_N in self._terms])

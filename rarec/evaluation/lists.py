@@ -85,19 +85,20 @@ class ListMetrics:
         values_B2 = np.stack([novelty(lists_BK, self._bits_N), distance(lists_BK, self._items_NZ)], axis=1)
         self._values.setdefault(row, []).append(values_B2)
 
-    def rows(self, *, resamples: int, seed: int) -> list[dict[str, Any]]:
+    def rows(self, *, resamples: int, seed: int, users: Rows | None = None) -> list[dict[str, Any]]:
         """Return rows of metrics.json; coverage is of all users together, and has no interval.
 
         Args:
             resamples: number of bootstrap resamples of the users.
             seed: seed of the bootstrap.
+            users: the user of each list; None if each has one.
         """
         values = {
             (row, metric): values_U
             for row, parts in self._values.items()
             for metric, values_U in zip((NOVELTY, DISTANCE), np.concatenate(parts).T, strict=True)
         }
-        estimates = mean_intervals(values, resamples, seed) if values else {}
+        estimates = mean_intervals(values, resamples, seed, users) if values else {}
         rows = []
         for row, covered_N in self._covered.items():
             figures: dict[str, Sequence[float | None]] = {COVERAGE: (float(covered_N.mean()), None, None)}

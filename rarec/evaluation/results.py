@@ -4,8 +4,9 @@ A row of the results is named `VARIANT`; `VARIANT+id` (late fusion: the ID model
 (the untrained baselines added as well: neighbour models and the log of the item's popularity; in earlier results
 `+popularity`, that alone); `VARIANT+id+cheap+learned` (its best items in a learned order);
 `VARIANT+id+cheap/without_PART`; `VARIANT/or_cheap` (for each user the better rank of the
-variant and of `id_only+cheap`); `VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/`
-can be deployed. This module knows no ranks, and loads nothing heavy.
+variant and of `id_only+cheap`); `FUSION/refit` (its untrained baselines fitted on the validation interactions as well);
+`VARIANT/SANITY_CHECK`; or `external:NAME` (ranks of another system). No row with a `/` can be deployed. This module
+knows no ranks, and loads nothing heavy.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,15 +22,15 @@ from rarec.neighbours.scores import NEW
 ID_ONLY = "id_only"
 FUSED = "+id"
 CHEAP, POPULAR, LEARNED = "+cheap", "+popularity", "+learned"
-ALL_CHEAP = "cheap"
-"""Row of the untrained baselines, fused: neighbour models and popularity."""
+ALL_CHEAP, POPULARITY = "cheap", "popularity"
+"""Rows of the untrained baselines: fused, neighbour models and popularity; and of popularity alone."""
 LATE_FUSION = "text_only" + FUSED
 """The strong baseline: scores of the language model without slots and of the ID model, added."""
 TUNED_TEXT = "text_lora" + FUSED
 """The same with LoRA: what slots with LoRA must beat."""
 EXTERNAL = "external:"
 SANITY_CHECKS = {"shuffled_history": "shuffled history", "permuted_ids": "permuted IDs"}
-WITHOUT, ORACLE = "/without_", "/or_cheap"
+WITHOUT, ORACLE, REFITTED = "/without_", "/or_cheap", "/refit"
 MINUS = " - "
 """Between two rows whose difference is a row of strata.json."""
 HEADLINE = ("hr@10", "hr@100", "ndcg@10", "mrr")
@@ -43,7 +44,7 @@ GROUPS = (
     "With the ID model's score added (late fusion)",
     "With untrained baselines added as well (+ cheap): neighbour models and popularity",
     "Its best items in an order learned on validation users (+ learned)",
-    "One part left out; oracle: the better of two lists for each user",
+    "One part left out; untrained baselines refitted on validation; oracle: the better of two lists for each user",
     "Sanity checks",
 )
 """Headings of the groups of rows, by `variant_group`."""
@@ -78,7 +79,8 @@ def variant_title(variant: str) -> str:
         return f"oracle of {title} and {variant_title(ID_ONLY + CHEAP)}"
     if WITHOUT in variant:
         return f"{title}, without {part_title(change.removeprefix(WITHOUT[1:]))}"
-    return f"{title}, {SANITY_CHECKS.get(change, change)}" if change else title
+    changes = {**SANITY_CHECKS, REFITTED[1:]: "refitted on validation"}
+    return f"{title}, {changes.get(change, change)}" if change else title
 
 
 def part_title(part: str) -> str:
@@ -102,7 +104,7 @@ def variant_order(variant: str) -> tuple[int, int, str]:
 def variant_group(variant: str) -> int:
     """Return the row's place in `GROUPS`."""
     if "/" in variant:
-        return BOUNDS_GROUP if WITHOUT in variant or variant.endswith(ORACLE) else SANITY_GROUP
+        return BOUNDS_GROUP if WITHOUT in variant or variant.endswith((ORACLE, REFITTED)) else SANITY_GROUP
     if variant.endswith(LEARNED):
         return 3
     return 2 if cheap_suffix(variant) else 1 if "+" in variant else 0
@@ -162,7 +164,7 @@ def sentence_case(text: str) -> str:
 
 def _titles() -> dict[str, str]:
     """Return the titles of all rows without `+` and `/`, in their order."""
-    untrained = {"popularity": "popularity", NEW: "a new item", ALL_CHEAP: "untrained baselines (cheap)"}
+    untrained = {POPULARITY: "popularity", NEW: "a new item", ALL_CHEAP: "untrained baselines (cheap)"}
     return {ID_ONLY: "ID model", **neighbour_titles(), **untrained, **VARIANT_TITLES}
 
 

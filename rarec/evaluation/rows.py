@@ -1,6 +1,6 @@
 """From ranks to rows of results: metrics, paired comparisons and strata.
 
-Every figure has n and a bootstrap 95% interval over users. Shape letters: U users.
+Every figure has n and a bootstrap 95% interval over users. Shape letters: U questions, one a user or several.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from rarec.evaluation.results import (
     LEARNED,
     MINUS,
     ORACLE,
+    REFITTED,
     SANITY_CHECKS,
     WITHOUT,
     baselines,
@@ -32,40 +33,50 @@ BUCKETS = 4
 STRATA_CUTOFFS = (10, 100)
 
 
-def metric_rows(ranks: Ranks, cutoffs: Sequence[int], *, resamples: int, seed: int) -> list[dict[str, Any]]:
+def metric_rows(
+    ranks: Ranks, cutoffs: Sequence[int], *, resamples: int, seed: int, users: Numbers | None = None
+) -> list[dict[str, Any]]:
     """Return the rows of metrics.json: {variant, metric, protocol, value, low, high, n}.
 
     Args:
-        ranks: ranks of the same users' targets (U,), by row name.
+        ranks: ranks of the same targets (U,), by row name.
         cutoffs: each K of HR@K and NDCG@K.
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
+        users: the user of each question (U,); None if each has one.
     """
     return [
         {"variant": variant, "metric": metric, "protocol": FULL, **_figures("value", estimate), "n": len(ranks_U)}
         for variant, ranks_U in ranks.items()
-        for metric, estimate in mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed).items()
+        for metric, estimate in mean_intervals(metric_values(ranks_U, cutoffs), resamples, seed, users).items()
     ]
 
 
 def comparison_rows(
-    ranks: Ranks, pairs: Iterable[tuple[str, str]], cutoffs: Sequence[int], *, resamples: int, seed: int
+    ranks: Ranks,
+    pairs: Iterable[tuple[str, str]],
+    cutoffs: Sequence[int],
+    *,
+    resamples: int,
+    seed: int,
+    users: Numbers | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of comparisons.json: {variant, baseline, metric, protocol, difference, low, high, n, differing}.
 
-    Differences are paired: each user's value of the variant minus that of the baseline.
+    Differences are paired: each question's value of the variant minus that of the baseline.
 
     Args:
-        ranks: ranks of the same users' targets (U,), by row name.
+        ranks: ranks of the same targets (U,), by row name.
         pairs: row names of (variant, baseline).
         cutoffs: each K of HR@K and NDCG@K.
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
+        users: the user of each question (U,); None if each has one.
     """
     rows = []
     for variant, baseline in pairs:
         values, others = (metric_values(ranks[name], cutoffs) for name in (variant, baseline))
-        for metric, estimate in paired_intervals(values, others, resamples, seed).items():
+        for metric, estimate in paired_intervals(values, others, resamples, seed, users).items():
             names = {"variant": variant, "baseline": baseline, "metric": metric, "protocol": FULL}
             counts = {"n": len(ranks[variant]), "differing": int((values[metric] != others[metric]).sum())}
             rows.append({**names, **_figures("difference", estimate), **counts})
@@ -76,7 +87,7 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     """Return the pairs (variant, baseline) that are compared, each once.
 
     The main variant with every other; its fusions with other fusions, and with what they are without one part; learned
-    orders with the fusions that they are of; these
+    orders with the fusions that they are of; refitted rows with each other and with what they were before; these
     and the ID model with the untrained baselines with external systems; sanity checks with the main variant; and, as
     any of them may be the best, every variant with the ID model and with text only + ID (without and with LoRA, as they
     are there), both with the untrained baselines where the variant has them.
@@ -93,14 +104,18 @@ def pairs_of_interest(variants: Iterable[str], main: str) -> list[tuple[str, str
     fusions = [(fused, name) for name in (*rivals, "readout+id", "input+id", main)]
     cheap = [(ID_ONLY + CHEAP, name) for name in (ID_ONLY, ALL_CHEAP, fused)] + [(whole, fused)]
     learned = [(name, name.removesuffix(LEARNED)) for name in names if name.endswith(LEARNED)]
+    best = [(whole + suffix, rival + CHEAP + suffix) for suffix in ("", LEARNED) for rival in rivals]
+    refit = [(row + REFITTED, rival + REFITTED) for row, rival in best]
+    refit += [(name, name.removesuffix(REFITTED)) for name in names if name.endswith(REFITTED)]
     bounds = [(whole, name) for name in names if name.startswith(whole + WITHOUT)] + [(main + ORACLE, whole)]
     sanity_checks = [(name, main) for name in names if name.removeprefix(f"{main}/") in SANITY_CHECKS]
     text = [(f"{main}/permuted_ids", rivals[-1].removesuffix(FUSED)), ("prefix_only", "text_only")]
-    external = [(row, name) for row in (fused, whole, ID_ONLY + CHEAP) for name in names if is_external(name)]
+    tops = (fused, whole, whole + REFITTED, whole + LEARNED + REFITTED, ID_ONLY + CHEAP)
+    external = [(row, name) for row in tops for name in names if is_external(name)]
     own = [name for name in names if "/" not in name and not is_external(name) and not name.startswith(ID_ONLY)]
     others = [(name, baseline + cheap_suffix(name)) for name in own for baseline in rivals]
     once: dict[frozenset[str], tuple[str, str]] = {}
-    for pair in plain + fusions + others + cheap + learned + bounds + sanity_checks + text + external:
+    for pair in plain + fusions + others + cheap + learned + refit + bounds + sanity_checks + text + external:
         once.setdefault(frozenset(pair), pair)
     return [pair for both, pair in once.items() if len(both) == 2 and both <= set(names)]
 
@@ -143,20 +158,23 @@ def strata_rows(
     *,
     resamples: int,
     seed: int,
+    users: Numbers | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows of strata.json: {variant, stratum, bucket, order, metric, value, low, high, n}.
 
     Args:
-        ranks: ranks of the same users' targets (U,), by row name.
-        strata: a whole number for each user (U,), such as the length of the history, by the stratum's name.
+        ranks: ranks of the same targets (U,), by row name.
+        strata: a whole number for each question (U,), such as the length of the history, by the stratum's name.
         pairs: row names of (variant, baseline): their paired difference is the row `VARIANT - BASELINE`.
         resamples: number of bootstrap resamples of the users.
         seed: seed of the bootstrap.
+        users: the user of each question (U,); None if each has one.
     """
     values = {variant: metric_values(ranks_U, STRATA_CUTOFFS) for variant, ranks_U in ranks.items()}
     for variant, baseline in pairs:
         own, others = values[variant], values[baseline]
         values[variant + MINUS + baseline] = {metric: own[metric] - others[metric] for metric in own}
+    users_U = np.arange(len(next(iter(ranks.values())))) if users is None else users
     rows = []
     for stratum, values_U in strata.items():
         index_U, labels = bucket_labels(values_U)
@@ -164,7 +182,7 @@ def strata_rows(
             for order, label in enumerate(labels):
                 place = {"variant": variant, "stratum": stratum, "bucket": label, "order": order}
                 in_bucket = {metric: own_U[index_U == order] for metric, own_U in metrics.items()}
-                for metric, estimate in mean_intervals(in_bucket, resamples, seed).items():
+                for metric, estimate in mean_intervals(in_bucket, resamples, seed, users_U[index_U == order]).items():
                     figures = {**_figures("value", estimate), "n": len(in_bucket[metric])}
                     rows.append({**place, "metric": metric, **figures})
     return rows

@@ -53,7 +53,7 @@ class CountedModel(NeighbourModel):
     def rows(self, dataset: PreparedDataset) -> Iterator[pa.RecordBatch]:
         """See `NeighbourModel`: the engine counts and sorts, so that memory does not depend on the table."""
         with self.open_engine() as engine:
-            log = read_training_log(engine, dataset.directory, self.config.longest)
+            log = read_training_log(engine, dataset, self.config.longest)
             yield from engine.batches(self.expression(engine.keep("training_log", log)))
 
 
@@ -119,16 +119,20 @@ class Transition(CountedModel):
         return best(counted.select("item", "neighbour", score=counted.weight / size), self.config.top)
 
 
-def read_training_log(engine: "PrepareEngine", directory: Path, newest: int) -> "ir.Table":
+def read_training_log(engine: "PrepareEngine", dataset: PreparedDataset, newest: int) -> "ir.Table":
     """Return each user's newest training interactions from the files of a prepared dataset.
 
     Args:
         engine: reads them.
-        directory: of the dataset.
+        dataset: prepared; where it is `refitted`, its validation interactions are training interactions.
         newest: largest number for each user: it bounds the pairs that a user adds.
     """
-    interactions = _read(engine, directory, tables.INTERACTIONS, ("user_row", "item_row"))
-    users = _read(engine, directory, tables.USERS, ("row", "start", "train_length")).drop("line")
+    interactions = _read(engine, dataset.directory, tables.INTERACTIONS, ("user_row", "item_row"))
+    columns = ("row", "start", "length", "train_length", "validation", "test")
+    users = _read(engine, dataset.directory, tables.USERS, columns).drop("line")
+    if dataset.refit:
+        until = (users.test >= 0).ifelse(users.test, users.length)
+        users = users.mutate(train_length=(users.validation >= 0).ifelse(until, users.train_length))
     log = interactions.inner_join(users, interactions.user_row == users.row)
     log = log.mutate(position=log.line - 1 - log.start)
     kept = log.filter(log.position < log.train_length, log.position >= log.train_length - newest)

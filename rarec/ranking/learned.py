@@ -52,20 +52,21 @@ class LearnedScores:
 def best_of(fused: FusedScores, chunk: EvalBatch, users: slice) -> tuple[Candidates, torch.Tensor]:
     """Return the candidates of some users of a chunk, and the scores of the whole catalogue by the fusion, (C, N).
 
-    Items of the history and hidden ones are no candidates; a target competes in any case.
+    Seen items and hidden ones are no candidates; a target competes in any case.
     """
     histories: Sequence[Rows] = chunk.histories[users]
     shares = list(fused.shares(users))
     whole_CN = torch.stack(shares).sum(0)
     competing_CN = whole_CN.clone()
-    competing_CN[seen_pairs(histories)] = -torch.inf
+    competing_CN[seen_pairs(chunk.seen[users])] = -torch.inf
     hidden = np.empty(0, np.int64) if fused.hidden_N is None else np.flatnonzero(fused.hidden_N)
     competing_CN[:, hidden] = -torch.inf
     targets_C = np.asarray(chunk.targets[users], np.int64)
     present = np.flatnonzero(targets_C >= 0)
     competing_CN[present, targets_C[present]] = whole_CN[present, targets_C[present]]
     lengths_C2 = np.array([(len(history), len(np.unique(history))) for history in histories]).reshape(-1, 2)
-    count = min(CANDIDATES, fused.n_items - len(hidden) - lengths_C2[:, 1].max(initial=0))
+    seen = lengths_C2[:, 1].max(initial=0) if chunk.exclude_seen else 0
+    count = min(CANDIDATES, fused.n_items - len(hidden) - seen)
     rows_CK = largest(competing_CN, max(count, 1))[1]
     shares_CKP = torch.stack([share_CN.gather(1, rows_CK) for share_CN in shares], 2)
     return Candidates(rows_CK.numpy(force=True), shares_CKP.numpy(force=True), lengths_C2), whole_CN

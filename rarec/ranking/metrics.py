@@ -1,6 +1,6 @@
 """Ranking metrics with one relevant item per user, from its rank, and bootstrap intervals of their means over users.
 
-Shape letters: U users, M metrics, R resamples in a batch.
+Shape letters: U users, Q questions, M metrics, R resamples in a batch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Users = npt.NDArray[np.integer]
 Name = TypeVar("Name")
 
 SELECTED_BY = "ndcg@100"
@@ -71,27 +72,32 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_intervals(values: Mapping[Name, Floats], resamples: int = 2000, seed: int = 0) -> dict[Name, Interval]:
-    """Return the means over users with their percentile bootstrap 95% intervals, of many metrics of the same users.
+def mean_intervals(
+    values: Mapping[Name, Floats], resamples: int = 2000, seed: int = 0, users: Users | None = None
+) -> dict[Name, Interval]:
+    """Return means with their percentile bootstrap 95% intervals, of many metrics of the same questions.
 
-    All are on the same resamples. A resample is drawn once, as indices of users. Its means are (number of draws of each
-    user) x (values), one matrix product for all metrics. The draws depend on the number of users and the seed alone,
-    not on the values.
+    All are on the same resamples. A resample is drawn once, as indices of users: the questions of one user hang
+    together. Its means are (number of draws of each user) x (sums of their values), one matrix product for all metrics,
+    over the questions drawn. The draws depend on the number of users and the seed alone, not on the values.
 
     Args:
-        values: one value per user, by metric.
+        values: one value per question, by metric.
         resamples: number of resamples of the users, drawn with replacement.
         seed: of the resampling.
+        users: the user of each question; None if each has one.
 
     Raises:
         ValueError: no users.
     """
-    values_UM = np.stack([np.asarray(column, dtype=np.float64) for column in values.values()], axis=1)
-    n_users = len(values_UM)
-    if n_users == 0:
+    columns = [np.asarray(column, dtype=np.float64) for column in values.values()]
+    if not len(columns[0]):
         raise ValueError("an interval needs at least one user")
-    means_M = values_UM.mean(axis=0)
-    low_M, high_M = _percentiles(values_UM, resamples, seed) if n_users > 1 else (means_M, means_M)
+    user_Q = np.unique(np.arange(len(columns[0])) if users is None else users, return_inverse=True)[1]
+    asked_U = np.bincount(user_Q)
+    sums_UM: Floats = np.stack([np.bincount(user_Q, column) for column in columns], axis=1).astype(np.float64)
+    means_M = np.array([column.mean() for column in columns])
+    low_M, high_M = _percentiles(sums_UM, asked_U, resamples, seed) if len(asked_U) > 1 else (means_M, means_M)
     return {
         name: Interval(float(mean), float(low), float(high))
         for name, mean, low, high in zip(values, means_M, low_M, high_M, strict=True)
@@ -99,20 +105,24 @@ def mean_intervals(values: Mapping[Name, Floats], resamples: int = 2000, seed: i
 
 
 def paired_intervals(
-    a: Mapping[str, Floats], b: Mapping[str, Floats], resamples: int = 2000, seed: int = 0
+    a: Mapping[str, Floats],
+    b: Mapping[str, Floats],
+    resamples: int = 2000,
+    seed: int = 0,
+    users: Users | None = None,
 ) -> dict[str, Interval]:
     """Return `mean_intervals` of a - b for every metric of `a`; an interval without 0 is a difference."""
-    return mean_intervals({name: a[name] - b[name] for name in a}, resamples, seed)
+    return mean_intervals({name: a[name] - b[name] for name in a}, resamples, seed, users)
 
 
-def _percentiles(values_UM: Floats, resamples: int, seed: int) -> tuple[Floats, Floats]:
-    n_users = len(values_UM)
+def _percentiles(sums_UM: Floats, asked_U: Users, resamples: int, seed: int) -> tuple[Floats, Floats]:
+    n_users = len(asked_U)
 
     def means(users: npt.NDArray[np.int64], axis: int = -1) -> Floats:
         users_RU = np.atleast_2d(users)
         offset_R1 = np.arange(len(users_RU))[:, None] * n_users
-        drawn = np.bincount((users_RU + offset_R1).ravel(), minlength=users_RU.size)
-        means_MR = (drawn.reshape(users_RU.shape) @ values_UM).T / n_users
+        drawn_RU = np.bincount((users_RU + offset_R1).ravel(), minlength=users_RU.size).reshape(users_RU.shape)
+        means_MR = (drawn_RU @ sums_UM).T / (drawn_RU @ asked_U)
         return means_MR if users.ndim > 1 else means_MR[:, 0]
 
     from scipy.stats import bootstrap  # half a second, which no other command should wait for

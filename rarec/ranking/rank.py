@@ -5,7 +5,7 @@ pairs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,10 +29,10 @@ GROUP = 64
 
 
 class Histories(Sequence[Rows]):
-    """The histories before each user's target, read when accessed: a list of all would grow with the users."""
+    """The histories before each target, read when accessed: a list of all would grow with the users."""
 
-    def __init__(self, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> None:
-        self.dataset, self.targets, self.shuffled_by = dataset, targets, shuffled_by
+    def __init__(self, dataset: PreparedDataset, targets: EvalTargets, newest: int | None, shuffled_by: int | None):
+        self.dataset, self.targets, self.newest, self.shuffled_by = dataset, targets, newest, shuffled_by
 
     def __len__(self) -> int:
         return len(self.targets.user_rows)
@@ -42,7 +42,7 @@ class Histories(Sequence[Rows]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         user = int(self.targets.user_rows[index])
-        history = self.dataset.history(user, int(self.targets.positions[index]))
+        history = self.dataset.history(user, int(self.targets.positions[index]))[-(self.newest or 0) :]
         if self.shuffled_by is None:
             return history
         return np.random.default_rng([self.shuffled_by, user]).permutation(history)
@@ -50,34 +50,62 @@ class Histories(Sequence[Rows]):
 
 @dataclass(frozen=True, eq=False)
 class EvalBatch:
-    """Users to rank for, with the items each has seen and the target that follows.
+    """Users to rank for, with the items each has seen and the target that follows. A user may occur several times.
 
     Attributes:
         user_rows: rows of the users in the prepared dataset, (U,).
-        histories: item rows before each target, oldest first: the model's input, and the items that do not compete.
+        histories: item rows before each target, oldest first: the model's input.
         targets: item row of each user's target, (U,); -1 where none is known.
+        exclude_seen: whether the items of a history do not compete.
         kept: its chunks, if they were kept; see `keeping_chunks`.
     """
 
     user_rows: Rows
     histories: Sequence[Rows]
     targets: Rows
+    exclude_seen: bool = True
     kept: tuple["EvalBatch", ...] = ()
 
     @classmethod
-    def of(cls, dataset: PreparedDataset, targets: EvalTargets, shuffled_by: int | None = None) -> "EvalBatch":
+    def of(
+        cls,
+        dataset: PreparedDataset,
+        targets: EvalTargets,
+        *,
+        newest: int | None = None,
+        exclude_seen: bool = True,
+        shuffled_by: int | None = None,
+    ) -> "EvalBatch":
         """Build the batch of one part of the split.
 
         Args:
             dataset: prepared.
             targets: from `dataset.targets`.
+            newest: number of items of a history that are known, the newest ones; None for all.
+            exclude_seen: see `EvalBatch`.
             shuffled_by: seed by which every history is shuffled (sanity check); None keeps the order.
         """
-        return cls(targets.user_rows, Histories(dataset, targets, shuffled_by), targets.item_rows)
+        histories = Histories(dataset, targets, newest, shuffled_by)
+        return cls(targets.user_rows, histories, targets.item_rows, exclude_seen)
+
+    @property
+    def seen(self) -> Sequence[Rows]:
+        """The item rows that do not compete, by user."""
+        return self.histories if self.exclude_seen else [np.empty(0, np.int64)] * len(self.user_rows)
+
+    @property
+    def places(self) -> Rows:
+        """The number of each question among those of its user, from 1, (U,). The users are in order."""
+        return np.arange(1, len(self.user_rows) + 1) - np.searchsorted(self.user_rows, self.user_rows)
+
+    def part(self, places: slice | Rows) -> "EvalBatch":
+        """Return some of the users."""
+        histories = self.histories[places] if isinstance(places, slice) else [self.histories[at] for at in places]
+        return EvalBatch(self.user_rows[places], histories, self.targets[places], self.exclude_seen)
 
     def keeping_chunks(self) -> "EvalBatch":
         """Return the same users with the same chunks at every call, so that a cached ranker computes each once."""
-        return EvalBatch(self.user_rows, self.histories, self.targets, tuple(self.chunks()))
+        return replace(self, kept=tuple(self.chunks()))
 
     def chunks(self, size: int = USERS_AT_A_TIME) -> Iterator["EvalBatch"]:
         """Yield the users in order, at most `size` at a time."""
@@ -85,8 +113,7 @@ class EvalBatch:
             yield from self.kept
             return
         for start in range(0, len(self.user_rows), size):
-            part = slice(start, start + size)
-            yield EvalBatch(self.user_rows[part], self.histories[part], self.targets[part])
+            yield self.part(slice(start, start + size))
 
 
 class Scores(Protocol):

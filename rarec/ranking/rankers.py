@@ -58,7 +58,7 @@ class Ranker(ABC):
 
     def top_k(self, batch: EvalBatch, k: int) -> npt.NDArray[np.int64]:
         """Return item rows of each user's k best unseen items, best first, (B, min(k, N)); -1 where none is left."""
-        return best_scores(self.scored(batch), k, batch.histories)[0]
+        return best_scores(self.scored(batch), k, batch.seen)[0]
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,8 @@ def rank_users(
 ) -> dict[str, Ranks]:
     """Return the rank of each target in the full catalogue, by every ranker.
 
-    Seen items do not compete, and ties count against the model (see `rank_scores`). All rankers rank a chunk of users
-    before the next chunk begins.
+    Seen items do not compete (see `EvalBatch`), and ties count against the model (see `rank_scores`). All rankers rank
+    a chunk of users before the next chunk begins.
 
     Args:
         batch: users, histories and targets.
@@ -338,7 +338,7 @@ def _ranks_of_chunk(chunk: EvalBatch, scores: Scores, world: World, best_BK: Ran
     """Rank this process's share of the chunk, and fill its share of the best items; exchange the ranks."""
     own = slice(world.rank, None, world.size)
     ranks_B = np.zeros(len(chunk.user_rows), np.int64)
-    ranks_B[own] = rank_scores(_Share(scores, own), chunk.targets[own], chunk.histories[own], best_BK=best_BK[own])
+    ranks_B[own] = rank_scores(_Share(scores, own), chunk.targets[own], chunk.seen[own], best_BK=best_BK[own])
     return world.all_reduce_sum_(ranks_B)
 
 

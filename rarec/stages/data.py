@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rarec.config.ids import FOLD, IMPORTED_FILES, OLDER, Ids, Import, Recipe
-from rarec.config.neighbours import Neighbours
+from rarec.config.neighbours import REFIT, Neighbours
 from rarec.errors import UserError, redacted_setting
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
@@ -184,11 +184,17 @@ class NeighboursStage(Stage):
     @classmethod
     def parts(cls, run: Run) -> list[str]:
         """See `Stage`."""
-        return list(run.config.neighbours.by_name)
+        return run.config.neighbour_tables
 
     def settings(self) -> dict[str, Any]:
         """See `Stage`."""
-        return table_settings(self.part, self.run.config.neighbours)
+        refit = {"refit": True} if self.part.endswith(REFIT) else {}
+        return {**table_settings(self.model_name, self.run.config.neighbours), **refit}
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model that the table is of."""
+        return self.part.removesuffix(REFIT)
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
@@ -197,7 +203,7 @@ class NeighboursStage(Stage):
     @property
     def reads_llm(self) -> bool:
         """Return whether the table is made from the language model's vectors of texts."""
-        return bool(self.run.config.neighbours.class_of(self.part).reads_llm)
+        return bool(self.run.config.neighbours.class_of(self.model_name).reads_llm)
 
     def outside_inputs(self) -> dict[str, str]:
         """See `Stage`: the hash of the language model, where it is read."""
@@ -216,16 +222,17 @@ class NeighboursStage(Stage):
 
         run = self.run
         config = run.config.neighbours
-        n_items = run.dataset.n_items
+        dataset = run.dataset.refitted() if self.part.endswith(REFIT) else run.dataset
+        n_items = dataset.n_items
         engine = partial(open_engine, run.config.prepare, directory / "spill")
-        model = config.class_of(self.part)(config.config_of(self.part), engine)
+        model = config.class_of(self.model_name)(config.config_of(self.model_name), engine)
         fits = n_items <= model.largest
         if model.reads_llm and fits:
             model.text_vectors = self._text_vectors()
         top = model.config.top
 
         def write() -> None:
-            pairs = figures["pairs"] = write_table(model.rows(run.dataset) if fits else (), directory)
+            pairs = figures["pairs"] = write_table(model.rows(dataset) if fits else (), directory)
             if model.text_vectors is not None:
                 np.save(directory / VECTORS, model.text_vectors, allow_pickle=False)
             lacking = model.needs if fits else f"more items than neighbours.{model.limit}"

@@ -44,7 +44,7 @@ class EvaluateStage(Stage):
         """See `Stage`."""
         run = self.run
         trained: dict[str, Stage] = {name: run.stage("train", name) for name in run.config.variants}
-        counted = {f"neighbours/{name}": run.stage("neighbours", name) for name in run.config.neighbours.by_name}
+        counted = {f"neighbours/{name}": run.stage("neighbours", name) for name in run.config.neighbour_tables}
         return {**trained, **counted, "prepare": run.stage("prepare"), "baseline": run.stage("ids", "id")}
 
     def outside_inputs(self) -> dict[str, str]:

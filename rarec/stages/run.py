@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rarec.config import RunConfig, Variant, dump_config, load_config
 from rarec.config.ids import Ids
+from rarec.config.neighbours import REFIT
 from rarec.console.inert import inert
 from rarec.distributed.hardware import machine
 from rarec.errors import Stopped, UserError
@@ -275,8 +276,8 @@ class Run:
 
     @cached_property
     def neighbours(self) -> "dict[str, NeighbourRanker]":
-        """Every neighbour model as a ranker."""
-        return {name: self._neighbours(name) for name in self.config.neighbours.by_name}
+        """Every neighbour table as a ranker."""
+        return {name: self._neighbours(name) for name in self.config.neighbour_tables}
 
     @property
     def shapes(self) -> dict[str, "SourceShape"]:
@@ -370,7 +371,9 @@ class Run:
 
         config = self.config.neighbours
         table_NN = read_table(self.stage("neighbours", name).checked() / TABLE, self.dataset.n_items, self.scratch)
-        return NeighbourRanker(table_NN, config.newest, config.decay, config.class_of(name).knows_new_items)
+        return NeighbourRanker(
+            table_NN, config.newest, config.decay, config.class_of(name.removesuffix(REFIT)).knows_new_items
+        )
 
     def _evaluated(self, name: str) -> Path:
         """Return a file of the evaluation, checked to be of the variants as they are configured."""
