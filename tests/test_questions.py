@@ -90,7 +90,9 @@ def test_the_questions_of_a_user_are_drawn_together() -> None:
 def test_an_evaluation_of_all_questions_with_refitted_baselines(finished, tmp_path) -> None:
     split = "prepare.split={kind: temporal, validation_share: 0.2, test_share: 0.2}"
     asked = "evaluate={targets: all, exclude_seen: false, max_history: 3, refit: validation, resamples: 50}"
-    run = open_run(finished, [f"run.dir={tmp_path / 'run'}", split, asked, "neighbours.models=[cooccurrence, transition]"])
+    run = open_run(
+        finished, [f"run.dir={tmp_path / 'run'}", split, asked, "neighbours.models=[cooccurrence, transition]"]
+    )
     run.run(["prepare", "ids", "neighbours"])
     lines: list[str] = []
     ids = run.sources["id"].ranker()

@@ -52,7 +52,7 @@ def test_metrics_carry_variant_protocol_interval_and_n(run):
 
 def test_ranks_hold_one_row_a_user_and_variant_and_agree_with_the_metrics(run):
     ranks = pq.read_table(run.directory("evaluate") / "ranks.parquet")
-    assert {"variant", "user", "target", "rank"} == set(ranks.column_names)
+    assert {"variant", "user", "place", "target", "rank"} == set(ranks.column_names)
     rows = ranks.to_pylist()
     own = [row for row in rows if row["variant"] == "per_layer"]
     assert sorted(row["user"] for row in own) == sorted(f"u{number:03d}" for number in range(60))
@@ -258,7 +258,7 @@ def test_results_are_read_as_tables(finished):
     metrics, comparisons, ranks = run.metrics(), run.comparisons(), run.ranks()
     assert list(metrics) == ["variant", "metric", "protocol", "value", "low", "high", "n"]
     assert set(comparisons) == {*metrics, "baseline", "difference", "differing"} - {"value"}
-    assert set(ranks) == {"variant", "user", "target", "rank"}
+    assert set(ranks) == {"variant", "user", "place", "target", "rank"}
     told = metrics.astype(object).where(metrics.notna(), None)  # a table has NaN where coverage has no interval
     assert told.to_dict("records") == read_json(run.directory("evaluate") / "metrics.json")
     value = metrics.set_index(["variant", "metric"]).loc[("per_layer", "mrr"), "value"]
