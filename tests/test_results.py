@@ -58,12 +58,12 @@ HEADLINE = ["hr@10", "hr@100", "ndcg@10", "mrr"]
 
 
 def write_ranks(
-    file: Path, ranks: Mapping[str, Sequence[int]], users: Sequence[str] = "abcd", targets: Sequence[str] = "wxyz"
+    file: Path, ranks: Mapping[str, Sequence[int]], users: str = "abcd", targets: Sequence[str] = "wxyz"
 ) -> Path:
     rows = [
-        {"variant": variant, "user": user, "target": target, "rank": rank}
+        {"variant": variant, "user": user, "place": users[: at + 1].count(user), "target": targets[at], "rank": rank}
         for variant, own in ranks.items()
-        for user, target, rank in zip(users, targets, own, strict=True)
+        for at, (user, rank) in enumerate(zip(users, own, strict=True))
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), file)
@@ -230,6 +230,14 @@ def test_every_pair_of_variants_is_kept_with_its_interval_in_both_directions(pat
         expected = paired_intervals(values[left], values[right], 300, 17)["mrr"]
         difference = figures.difference("sweep", ("plain", left), ("plain", right), "mrr")
         assert difference == pytest.approx(expected, abs=1e-8)
+
+
+def test_intervals_of_users_with_several_questions_are_over_the_users(path):
+    """Ann has three of the four questions: a mean is of hers, of bob's, or of all."""
+    run = load_sweep(path).runs[0]
+    finish(run, {"id_only": [1, 1, 500, 500], "per_layer": [1, 1, 1, 1]}, users="aaab", targets="wxyz")
+    figures = collected(path)["runs"]["plain"]["figures"]["id_only"]
+    assert figures[:3] == pytest.approx([1 / 2, 0, 2 / 3])
 
 
 def test_a_run_that_is_gone_keeps_its_figures_while_its_settings_are_the_same(path):

@@ -125,13 +125,16 @@ def _read_finished(run: SweepRun, sweep: Sweep) -> Finished:
 def read_ranks(file: Path) -> Ranks:
     """Read ranks with a digest of 8 bytes for each user, and of one byte for each target.
 
-    A byte is enough to see that two splits differ. (Who knows a user's id can find that user's row.)
+    A byte is enough to see that two splits differ. (Who knows a user's id can find that user's row.) The last
+    `PLACE_BITS` of a user's digest tell the user's questions apart.
     """
-    long = read_columns(file, ["variant", "user", "target", "rank"]).to_pandas()
-    wide = long.pivot(index="user", columns="variant", values="rank").loc[long["user"].unique()]
-    wide = wide[long["variant"].unique()]
-    wide.insert(0, "target", _digests(long.drop_duplicates("user")["target"], 1))
-    return wide.set_axis(pd.Index(_digests(wide.index, 8), name="user"))
+    long = read_columns(file, ["variant", "user", "place", "target", "rank"]).to_pandas()
+    variants = long["variant"].unique()
+    asked = long[long["variant"] == variants[0]]  # all have the same questions in the same order
+    ranks = {name: own["rank"].to_numpy() for name, own in long.groupby("variant", sort=False)}
+    digests = _digests(asked["user"], 8) ^ (asked["place"].to_numpy(np.uint64) - np.uint64(1))
+    targets = {"target": _digests(asked["target"], 1)}
+    return pd.DataFrame(targets | {name: ranks[name] for name in variants}, pd.Index(digests, name="user"))
 
 
 def _digests(ids: Iterable[object], size: int) -> np.ndarray:

@@ -24,11 +24,13 @@ HITS = "hr@100"
 CUTOFFS = (10, 100)
 """The cutoffs of the headline's metrics."""
 DECIMALS = 9
+PLACE_BITS = np.uint64(16)
+"""The last bits of a user's digest: questions of one user differ in them alone."""
 COLUMNS = 1024
 """Values that are resampled together; bounds memory."""
 
 Ranks: TypeAlias = pd.DataFrame
-"""Ranks of one seed: a row for each user, the column `target`, and a column of ranks for each variant."""
+"""Ranks of one seed: a row for each question, the column `target`, and a column of ranks for each variant."""
 Summary = dict[str, Any]
 Metrics = Mapping[str, Floats]
 """metric -> (U,)"""
@@ -38,13 +40,13 @@ Triples = list[float]
 
 @dataclass(frozen=True)
 class SeedMeans:
-    """The metrics of each user under each variant of a run, averaged over seeds.
+    """The metrics of each question under each variant of a run, averaged over seeds.
 
     Attributes:
-        values: of each variant, for the same users in the same order.
-        users: ids of the users, in that order.
-        targets: the users' targets, in that order.
-        left_out: number of users that only some of the seeds ranked.
+        values: of each variant, for the same questions in the same order.
+        users: digests of users and places, in that order.
+        targets: the targets, in that order.
+        left_out: number of questions that only some of the seeds ranked.
     """
 
     values: Mapping[str, Metrics]
@@ -88,7 +90,8 @@ def run_figures(means: SeedMeans, run: SweepRun) -> Summary:
     names = sorted(means.values, key=variant_order)
     pairs = {f"{a} - {b}": _difference(means.values[a], means.values[b]) for a, b in combinations(names, 2)}
     variants = {name: {metric: means.values[name][metric] for metric in HEADLINE} for name in names}
-    return {"figures": _intervals(variants, run), "differences": _intervals(pairs, run)}
+    figures, differences = (_intervals(rows, run, means.users) for rows in (variants, pairs))
+    return {"figures": figures, "differences": differences}
 
 
 def compare(means: SeedMeans, others: SeedMeans, run: SweepRun) -> Summary:
@@ -107,7 +110,7 @@ def compare(means: SeedMeans, others: SeedMeans, run: SweepRun) -> Summary:
     if (means.targets.to_numpy()[rows] != others.targets.to_numpy()[other_rows]).any():
         return {"not_compared": "other test targets"}
     differences = {f"{a} - {b}": _difference(means.values[a], others.values[b], rows, other_rows) for a, b in pairs}
-    return {"users": len(rows), "differences": _intervals(differences, run)}
+    return {"users": len(rows), "differences": _intervals(differences, run, means.users[rows])}
 
 
 def _pairs(own: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -125,14 +128,15 @@ def _difference(
     return {metric: values[metric][rows] - others[metric][other_rows] for metric in HEADLINE}
 
 
-def _intervals(values: Mapping[str, Metrics], run: SweepRun) -> dict[str, Triples]:
-    """Return the intervals of many rows at once, all over the same users and on the same resamples."""
+def _intervals(values: Mapping[str, Metrics], run: SweepRun, users: pd.Index) -> dict[str, Triples]:
+    """Return the intervals of many rows at once, all of the same questions and on the same resamples of users."""
+    users_U = users.to_numpy(np.uint64) >> PLACE_BITS
     columns = {(name, metric): column for name, metrics in values.items() for metric, column in metrics.items()}
     keys = list(columns)
     triples: dict[str, Triples] = {name: [] for name in values}
     for start in range(0, len(keys), COLUMNS):
         some = {str(key): columns[key] for key in keys[start : start + COLUMNS]}
-        intervals = mean_intervals(some, run.config.evaluate.resamples, run.seed)
+        intervals = mean_intervals(some, run.config.evaluate.resamples, run.seed, users_U)
         for name, metric in keys[start : start + COLUMNS]:
             triples[name] += rounded(intervals[str((name, metric))])
     return triples

@@ -93,7 +93,9 @@ def mean_intervals(
     columns = [np.asarray(column, dtype=np.float64) for column in values.values()]
     if not len(columns[0]):
         raise ValueError("an interval needs at least one user")
-    user_Q = np.unique(np.arange(len(columns[0])) if users is None else users, return_inverse=True)[1]
+    users = np.arange(len(columns[0])) if users is None else users
+    _, first_U, user_Q = np.unique(users, return_index=True, return_inverse=True)
+    user_Q = first_U.argsort().argsort()[user_Q]  # in the order of their first questions
     asked_U = np.bincount(user_Q)
     sums_UM: Floats = np.stack([np.bincount(user_Q, column) for column in columns], axis=1).astype(np.float64)
     means_M = np.array([column.mean() for column in columns])
