@@ -293,6 +293,13 @@ def test_what_launchers_set_passes(monkeypatch):
     check_launcher()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_arrives_in_a_destructor_is_not_lost(number):
+    dying = f"type('Dying', (), {{'__del__': lambda _: os.kill(os.getpid(), {int(number)})}})()"
+    result = python(f"{dying}; time.sleep(30); print('went on')")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (128 + number, "", 1), result.stderr
+
+
 class Pair(World):
     """Two ranks, of which the other one has met an error, or nothing."""
 

@@ -11,12 +11,15 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rarec.console.inert import OutputClosed, inert, inert_streams
 from rarec.errors import EXIT_CODE, Stopped, Terminated, UserError, in_short, redacted
@@ -32,6 +35,8 @@ CRASHED = 70
 """Exit code after an error that rarec did not expect: EX_SOFTWARE of sysexits.h."""
 AGAIN = 1.0
 """Seconds after which a second Ctrl-C interrupts the cleaning up as well."""
+SWALLOWED = 0.1
+"""Seconds after which a signal that Python has swallowed is sent again."""
 MOST_RANKS = 100_000
 """More processes than any machine runs: such a number is a mistake, and waiting for them all would never end."""
 _LAST_PORT = 65_535
@@ -147,6 +152,7 @@ class _Signals:
         self.cause: BaseException | None = None
 
     def listen(self) -> None:
+        sys.unraisablehook = partial(self._send_again, sys.unraisablehook)
         for number in self._numbers:
             signal.signal(number, self._raise)
 
@@ -163,6 +169,15 @@ class _Signals:
         self._since = time.monotonic()
         self.cause = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
         raise self.cause
+
+    def _send_again(self, otherwise: Callable[[Any], object], ignored: Any) -> None:
+        """Send a signal again that was raised in a destructor, where Python ignores every exception."""
+        if self.cause is None or ignored.exc_value is not self.cause:
+            otherwise(ignored)
+            return
+        number = self.cause.number if isinstance(self.cause, Terminated) else signal.SIGINT
+        self.cause = None
+        threading.Timer(SWALLOWED, os.kill, (self._process, number)).start()
 
 
 def _report(error: BaseException) -> int:
