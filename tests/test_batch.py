@@ -15,6 +15,7 @@ from rarec import cli_bundle
 from rarec.bundle import users
 from rarec.bundle.users import open_log, recommend_all
 from rarec.errors import UserError
+from rarec.storage import parts
 from tests.ranks import ROOT, free_port
 from tests.recommending import batch_of, tied_log
 
@@ -234,7 +235,7 @@ def test_what_a_kill_leaves_beside_a_result_that_is_whole_is_removed_by_the_next
 ):
     out = tmp_path / "top.parquet"
     with monkeypatch.context() as killed:
-        killed.setattr(users, "discard", lambda begun: None)
+        killed.setattr(parts, "discard", lambda begun: None)
         recommend_all(recommender, log, out, 3)
     whole = out.read_bytes()
     assert len(list(tmp_path.iterdir())) == 2

@@ -1,16 +1,14 @@
 """Recommendations for the users of a log, whose histories are cleaned and ordered as those of the training were.
 
 For every user: in bounded memory, on any number of ranks, resumed where it was killed. Users are cut into chunks in the
-order of their ids. Each chunk becomes a file in a folder beside the result, with its sha256 in its name; in the end
-these are joined. So the bytes of the result depend neither on the ranks nor on interruptions.
+order of their ids, each a part of the result (`storage/parts.py`). So the bytes of the result depend neither on the
+ranks nor on interruptions.
 """
 
-import glob
 import json
-import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
@@ -39,12 +37,10 @@ from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.ranking.rank import USERS_AT_A_TIME
 from rarec.storage.artefacts import sha256_json
-from rarec.storage.directories import discard, is_there, new_directory
-from rarec.storage.files import atomic_write, fsync, open_to_lock, sha256_file, try_lock
+from rarec.storage.files import atomic_write
+from rarec.storage.parts import Parts, refuse_existing
 
 Say = Callable[[str], None]
-PARTS, WHOLE = "parts", "whole"
-"""In the folder beside the result: the folder of the parts, and in it the file to which they are joined."""
 USUAL_COLUMNS = {
     "user": {"user", "user_id", "userid", "customer", "customer_id"},
     "item": {"item", "item_id", "itemid", "product", "product_id", "sku"},
@@ -191,63 +187,28 @@ def recommend_all(
     """
     if out.suffix not in WRITERS:
         raise UserError(f"{out} ends in none of {', '.join(WRITERS)}", "name a file that does")
-    if os.path.lexists(out):
-        _drop_begun(out, lambda begun: _is_joined(begun, out))
-        raise is_there(out)
+    refuse_existing(out)
     made_from = {
         "log": hash_files(find_files(log, "--log")),
         "columns": str(sorted(columns.items())),
         "rules": {**rules},
     }
     identity = sha256_json({**made_from, "bundle": recommender.bundle.manifest["hash"], "k": k})
-    begun = out.with_name(f".{out.name}.begun-{identity[:16]}")
+    parts = Parts(out, identity)
     heard = say if world.is_main else lambda line: None
     with open_log(recommender.bundle, log, heard, columns) as (count, users), ExitStack() as locks:
-        world.run_on_main(lambda: locks.enter_context(_begun(begun, out)))
-        chunks = -(-count // USERS_AT_A_TIME)
-        for number in track(range(chunks), "recommending"):
+        world.run_on_main(lambda: locks.enter_context(parts.begun()))
+        names = [f"{number:06}" for number in range(-(-count // USERS_AT_A_TIME))]
+        for number, name in enumerate(track(names, "recommending")):
             world.report("recommending")
             chunk = list(islice(users, USERS_AT_A_TIME))
-            if number % world.size == world.rank and _part(begun, number) is None:
-                _write_part(begun, number, _table(recommender, chunk, k, rules))
+            if number % world.size == world.rank and parts.find(name) is None:
+                table = _table(recommender, chunk, k, rules)
+                parts.add(name, partial(pq.write_table, table, compression="zstd"))
         world.barrier()
         empty = _table(recommender, [], k, rules)
-        rows = world.run_on_all(lambda: _join(begun, chunks, empty, out) if world.is_main else 0)
+        rows = world.run_on_all(lambda: _join(parts, names, empty, out) if world.is_main else 0)
         return world.all_reduce_max(rows)
-
-
-@contextmanager
-def _begun(begun: Path, out: Path) -> Iterator[None]:
-    """Hold the lock of the folder for the parts, which is made if need be; drop those of other logs, bundles or k."""
-    _drop_begun(out, lambda other: other != begun)
-    if not begun.is_dir() or begun.is_symlink():
-        with new_directory(begun, [f"{PARTS}/"], replace=False):
-            pass
-    with _locked(begun):
-        (begun / PARTS).mkdir(exist_ok=True)
-        yield
-
-
-def _drop_begun(out: Path, dropped: Callable[[Path], bool]) -> None:
-    """Delete folders for parts of a file that no other process writes to, if `dropped` says so."""
-    for begun in out.parent.glob(f".{glob.escape(out.name)}.begun*"):
-        if begun.is_dir() and dropped(begun):
-            with suppress(UserError), _locked(begun):
-                discard(begun)
-
-
-def _is_joined(begun: Path, out: Path) -> bool:
-    """Return whether the file is the one that was joined here: the process was killed before it tidied up."""
-    whole = begun / PARTS / WHOLE
-    return whole.exists() and out.exists() and whole.samefile(out)
-
-
-@contextmanager
-def _locked(begun: Path) -> Iterator[None]:
-    with open_to_lock(begun) as handle:
-        if not try_lock(handle):
-            raise UserError(f"another process writes to {begun}", "wait for it, or name another file: --out")
-        yield
 
 
 def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int, rules: Mapping[str, Any]) -> pa.Table:
@@ -264,38 +225,14 @@ def _table(recommender: Recommender, users: list[tuple[Id, Rows]], k: int, rules
     return pa.Table.from_pylist(rows, pa.schema(types))
 
 
-def _part(begun: Path, number: int) -> Path | None:
-    """Return a part that is whole; one that is not is removed."""
-    for path in (begun / PARTS).glob(f"{number:06}-*.parquet"):
-        if path.stem.partition("-")[2] == sha256_file(path):
-            return path
-        path.unlink()
-    return None
-
-
-def _write_part(begun: Path, number: int, table: pa.Table) -> None:
-    temporary = begun / PARTS / f"{number:06}.writing"
-    pq.write_table(table, temporary, compression="zstd")
-    fsync(temporary)
-    temporary.rename(temporary.with_name(f"{number:06}-{sha256_file(temporary)}.parquet"))
-
-
-def _join(begun: Path, chunks: int, empty: pa.Table, out: Path) -> int:
+def _join(parts: Parts, names: list[str], empty: pa.Table, out: Path) -> int:
     """Join the parts to one file, and tidy up; return the number of rows."""
-    parts = [part for number in range(chunks) if (part := _part(begun, number))]
-    if len(parts) < chunks:
-        raise UserError(f"a part in {begun} was damaged while it was written", "run the same command again")
-    schema = pq.read_schema(parts[0]) if parts else empty.schema
-    whole = begun / PARTS / WHOLE
-    with atomic_write(whole) as file:
-        WRITERS[out.suffix](file, schema, map(read_columns, parts) if parts else [empty])
-    try:
-        out.hardlink_to(whole)  # fails where something is, unlike a rename
-    except FileExistsError:
-        raise is_there(out) from None
-    fsync(out.parent)
-    rows: int = sum(pq.read_metadata(part).num_rows for part in parts)
-    discard(begun)
+    paths = parts.all(names)
+    schema = pq.read_schema(paths[0]) if paths else empty.schema
+    with atomic_write(parts.whole) as file:
+        WRITERS[out.suffix](file, schema, map(read_columns, paths) if paths else [empty])
+    rows: int = sum(pq.read_metadata(path).num_rows for path in paths)
+    parts.place()
     return rows
 
 
