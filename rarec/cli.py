@@ -21,6 +21,7 @@ from rarec.cli_bundle import (
     realign,
     recommend,
     serve,
+    vectors,
 )
 from rarec.console.inert import in_one_line
 from rarec.console.progress import Console, console, say
@@ -243,6 +244,9 @@ def sweep(
 for _command_of_a_bundle in (recommend, serve, clicks, realign):
     app.command(rich_help_panel=OF_A_BUNDLE)(_command_of_a_bundle)
 app.add_typer(items, name="items", rich_help_panel=OF_A_BUNDLE)
+
+
+app.command(rich_help_panel="Before")(vectors)
 
 
 @app.command(rich_help_panel="Before")

@@ -1,4 +1,4 @@
-"""Commands of `rarec` that need a bundle and no run."""
+"""Commands of `rarec` that need no run: those of a bundle, and one that makes vectors for a run."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from rarec.console.inert import in_one_line
 from rarec.console.progress import say
@@ -125,12 +126,24 @@ def _columns(given: str | None, roles: Sequence[str]) -> Iterator[dict[str, str]
         UserError: it is not of that form.
     """
     columns = _pairs("--columns", given.split(",") if given else [], "ROLE=COLUMN", roles)
-    try:
+    with fields_as_options({rf"prepare\.\w+\.({'|'.join(roles)})\b": r"--columns \1"}):
         yield columns
+
+
+@contextmanager
+def fields_as_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Name options in messages where a run has fields.
+
+    Args:
+        options: replacement by pattern.
+    """
+    try:
+        yield
     except UserError as error:
-        field = rf"prepare\.\w+\.({'|'.join(roles)})\b"
-        problem, remedy = (re.sub(field, r"--columns \1", text) for text in (error.problem, error.remedy))
-        raise UserError(problem.splitlines(), remedy, shared=error.shared) from None
+        texts = [error.problem, error.remedy]
+        for pattern, option in options.items():
+            texts = [re.sub(pattern, option, text) for text in texts]
+        raise UserError(texts[0].splitlines(), texts[1], shared=error.shared) from None
 
 
 def _pairs(option: str, words: Iterable[str], form: str, names: Sequence[str] = ()) -> dict[str, str]:
@@ -274,6 +287,41 @@ def realign(
     for name, value in figures.items():
         say(f"{name}: {value}")
     say(str(directory))
+
+
+def vectors(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of pictures, ITEM.jpg; or a table of items.")],
+    model: Annotated[str, typer.Option(help="Folder or hub name of a model that sees pictures, or reads texts.")],
+    out: Annotated[Path, typer.Option(help="File to write: NAME.npy, and NAME.ids.txt beside it.")],
+    texts: Annotated[str, typer.Option(help="Of a table, the columns to read: title,brand")] = "",
+    item: Annotated[str, typer.Option(help="Of a table, the column of ids.")] = "item",
+    device: Device = "auto",
+) -> None:
+    """Make item vectors of pictures or texts, for the section `sources`; the same command resumes."""
+    from rarec.training.accelerator import join_world
+    from rarec.vectors import encoders, make
+
+    columns = [column.strip() for column in texts.split(",")]
+    with fields_as_options(_OPTIONS):
+        content = make.read_texts(source, item, columns, say) if texts else make.find_pictures(Path(source))
+        load = encoders.load_text_encoder if texts else encoders.load_picture_encoder
+        on = join_world(device, "--device", "--device cpu").device
+        ids = make.make_vectors(content, lambda: load(model, on), out)
+    name = re.sub("[^A-Za-z0-9_-]", "_", out.stem)[:40]
+    section = {"items": str(out), "item_ids": str(ids), "missing": "fallback"}
+    print(
+        yaml.safe_dump({"sources": {name: section}}, sort_keys=False) + f"# its slots in prompt.item: {{soft:{name}}}"
+    )
+
+
+_OPTIONS = {
+    r"prepare\.items\.path: ": "",
+    r"prepare\.items\.item": "--item",
+    r"prepare\.items\.(title|text)": "--texts",
+    r"(, or |^)set llm\..*": r"\1take another model",
+    r"llm\.path": "--model",
+}
+"""Options of `rarec vectors` by fields of a run."""
 
 
 def open_bundle(bundle: Path, llm: str | None, device: str, trust: list[str] | None) -> "Recommender":

@@ -319,13 +319,17 @@ def poisoned(value: float) -> np.ndarray:
 TABLE = {"items": "items.parquet", "item_ids": None}
 TENSORS = {"items": "items.safetensors"}
 USER_FILES = {"users": "users.npy", "user_ids": "user_ids.txt"}
-NOT_FINITE = r"items\.npy: .*item 'c' \(row 3\).* NaN"
+NOT_FINITE = r"`sources\.image\.items`: items\.npy: .*item 'c' \(row 3\).* NaN"
 RAGGED = r"items\.parquet .*id 'c' \(row 3\) has \d .*2"
 FAULTS = {
-    "missing items": ({"items.npy": ITEMS[:2], "ids.txt": b"d\nb"}, r"items\.npy: .*2 of 4 items .*'a', 'c'", {}),
+    "missing items": (
+        {"items.npy": ITEMS[:2], "ids.txt": b"d\nb"},
+        r"`sources\.image\.items`: items\.npy: .*2 of 4 items .*'a', 'c'",
+        {},
+    ),
     "no item at all": (
         {"items.npy": ITEMS[:2], "ids.txt": b"y\nz"},
-        r"items\.npy: .*'y', 'z'.*'a', 'b', 'c', 'd'",
+        r"`sources\.image\.items`: items\.npy: .*'y', 'z'.*'a', 'b', 'c', 'd'",
         {"missing": "fallback"},
     ),
     "a zero vector": (
@@ -356,7 +360,11 @@ FAULTS = {
         r"items\.parquet: row 1 ",
         TABLE,
     ),
-    "fewer ids than rows": ({"ids.txt": b"a\nb\nc"}, r"ids\.txt .*3 ids.*items\.npy .*4 rows", {}),
+    "fewer ids than rows": (
+        {"ids.txt": b"a\nb\nc"},
+        r"`sources\.image\.item_ids`: ids\.txt .*3 ids.*items\.npy .*4 rows",
+        {},
+    ),
     "a pickle": ({"items.npy": np.array([{"evil": 1}] * 4)}, r"items\.npy is not .*\n.*np\.save", {}),
     "a pickle of ids": ({"ids.npy": np.array(IDS, object)}, r"ids\.npy is not .*\n.*np\.save", {"item_ids": "ids.npy"}),
     "several vectors of an item": ({"items.npy": np.zeros((4, 2, 2), np.float32)}, r"shape \(4, 2, 2\)", {}),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, PAGE = ROOT / "rarec", ROOT / "docs" / "architecture.md"
 ROOMS = [
     *("config", "storage", "console", "distributed"),
-    *("data", "neighbours", "ranking", "ids", "prompts", "models", "training"),
+    *("data", "neighbours", "ranking", "ids", "prompts", "models", "vectors", "training"),
     *("planning", "evaluation", "report", "bundle", "export", "stages", "serve", "cluster"),
 ]
 """The folders of the package, in the order in which data flows through them."""

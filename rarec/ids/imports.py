@@ -36,12 +36,12 @@ class Vectors:
     """The vectors of a file.
 
     Attributes:
-        path: from the configuration.
+        where: the field of the configuration and the path, for messages.
         rows: (R, E), or (R, K, E); memory-mapped where the format allows it.
         ids: original id of each row, (R,).
     """
 
-    path: str
+    where: str
     rows: npt.NDArray[np.generic]
     ids: pa.Array
 
@@ -75,7 +75,7 @@ class Vectors:
             for place in np.flatnonzero(~np.isfinite(flat).all(axis=1)):
                 row = int(row_C[place])
                 problem = f"the vector of {kind} {self.ids[row].as_py()!r} (row {row}) holds NaN or infinity"
-                raise UserError(f"{self.path}: {problem}", "export the vectors again, in float32 range")
+                raise UserError(f"{self.where}: {problem}", "export the vectors again, in float32 range")
             written[start : start + CHUNK] = chunk
             zero.append(start + np.flatnonzero(~flat.any(axis=1)))
         written.flush()
@@ -87,11 +87,11 @@ class Vectors:
         row_N = pc.index_in(wanted, value_set=own)
         if row_N.null_count == len(wanted):
             problem = f"none of its ids ({_shown(own)}) matches the dataset's {kind} ids ({_shown(wanted)})"
-            raise UserError(f"{self.path}: {problem}", f"use the {kind} ids of the interaction log")
+            raise UserError(f"{self.where}: {problem}", f"use the {kind} ids of the interaction log")
         if row_N.null_count and not gaps:
             missing = wanted.filter(row_N.is_null())
             problem = f"no vector for {len(missing)} of {len(wanted)} {kind}s (first: {_shown(missing)})"
-            raise UserError(f"{self.path}: {problem}", remedy)
+            raise UserError(f"{self.where}: {problem}", remedy)
         return np.asarray(pc.fill_null(row_N, -1).to_numpy(), dtype=np.int64)
 
 
@@ -123,9 +123,9 @@ def read_vectors(path: str, ids_path: str | None, field: str, ids_field: str) ->
         raise UserError(f"{path} holds {rows.dtype}, not numbers", "save the vectors as float32")
     _check_shape(path, rows.shape)
     if len(ids) != len(rows):
-        problem = f"{ids_path} has {len(ids)} ids, but {path} has {len(rows)} rows"
+        problem = f"field `{ids_field}`: {ids_path} has {len(ids)} ids, but {path} has {len(rows)} rows"
         raise UserError(problem, "give one id per row, in order")
-    return Vectors(path, rows, _checked_ids(ids, ids_path or path))
+    return Vectors(f"field `{field}`: {path}", rows, _checked_ids(ids, ids_path or path))
 
 
 def vectors_shape(path: str, field: str) -> tuple[int, ...]:

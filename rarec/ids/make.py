@@ -1,13 +1,14 @@
 """Make the files of a source that no ID model is trained for, from imported vectors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rarec.config.ids import IMPORTED_FILES, Import
 from rarec.data.dataset import PreparedDataset
 from rarec.errors import UserError
-from rarec.ids.imports import Vectors, existing, read_vectors
+from rarec.ids.imports import existing, read_vectors
 from rarec.ids.source import ITEMS_FILE, USERS, HistoryRule, UserTable, UserVectors, load_table
 from rarec.ids.validation import Validation
 from rarec.storage.files import sha256_file
@@ -70,7 +71,7 @@ def _import_items(name: str, config: Import, dataset: PreparedDataset, directory
     items = read_vectors(config.items, config.item_ids, _field(name, "items"), _field(name, "item_ids"))
     if items.rows.ndim != 2:
         remedy = "save item vectors with two axes: items, dimension"
-        raise UserError(f"{config.items} has shape {items.rows.shape}", remedy)
+        raise UserError(f"{items.where} has shape {items.rows.shape}", remedy)
     remedy = "import a vector for every item of the catalogue, remove those items from it, or set "
     remedy += f"`{_field(name, 'missing')}: fallback`"
     gaps = config.missing == "fallback"
@@ -78,7 +79,7 @@ def _import_items(name: str, config: Import, dataset: PreparedDataset, directory
     if lacking.size and not gaps:
         first = dataset.item_ids[int(lacking[0])]
         counted = f"{lacking.size} of {dataset.n_items} items (first: {first!r})"
-        raise UserError(f"{config.items}: the vectors of {counted} are zero, which means that they have none", remedy)
+        raise UserError(f"{items.where}: the vectors of {counted} are zero, which means that they have none", remedy)
     if lacking.size:
         say(f"{config.items}: no vector for {lacking.size} of {dataset.n_items} items; a learned vector replaces it")
     return left_out
@@ -94,6 +95,7 @@ def _import_users(name: str, config: Import, dataset: PreparedDataset, directory
         remedy = "import users and items of one vector space: (users, dimension), or (users, K, dimension)"
         raise UserError(problem, remedy)
     remedy = "import a vector for every user, or leave `users` out: a rule makes user vectors from the history"
-    table = Vectors(path, rows, table.ids)
-    left_out, _ = table.write_aligned(directory / f"{USERS}.npy", dataset.user_ids.whole(), "user", remedy)
+    left_out, _ = replace(table, rows=rows).write_aligned(
+        directory / f"{USERS}.npy", dataset.user_ids.whole(), "user", remedy
+    )
     return left_out

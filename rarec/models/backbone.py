@@ -137,21 +137,6 @@ class FrozenBackbone(nn.Module):
         with gathered(weight), torch.no_grad():
             yield weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach()
 
-    def fingerprint(self) -> str:
-        """Return a sha256 over the configuration and the name, shape and 64 values of every frozen tensor.
-
-        A pooler does not count: it is not used, and transformers fills it with random numbers if a checkpoint lacks it.
-        """
-        digest = hashlib.sha256(config_hash(self.model.config).encode())
-        for name, parameter in self.trunk.named_parameters():
-            if "lora_" not in name and not name.startswith("pooler."):
-                with gathered(parameter):
-                    flat = parameter.detach().flatten()
-                    chosen = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-                    digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
-                    digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
     def _run(self, ids_BT: Tensor, mask_BT: Tensor, packing: "Packing | None") -> Tensor:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if packing is not None:
@@ -255,6 +240,22 @@ def gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
 
     context: AbstractContextManager[None] = GatheredParameters([parameter])
     return context
+
+
+def fingerprint(trunk: nn.Module, config: Any) -> str:
+    """Return a sha256 over the configuration and the name, shape and 64 values of every frozen tensor.
+
+    A pooler does not count: it is not used, and transformers fills it with random numbers if a checkpoint lacks it.
+    """
+    digest = hashlib.sha256(config_hash(config).encode())
+    for name, parameter in trunk.named_parameters():
+        if "lora_" not in name and not name.startswith("pooler."):
+            with gathered(parameter):
+                flat = parameter.detach().flatten()
+                chosen = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
+                digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
+                digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def config_hash(config: Any) -> str:

@@ -30,8 +30,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from rarec.config.method import Llm, Lora
 from rarec.errors import UserError
-from rarec.models.backbone import FrozenBackbone, Pool, config_hash
-from rarec.models.model_folder import check_folder, check_loaded, check_tokenizer, locate, read_with
+from rarec.models.backbone import FrozenBackbone, Pool, config_hash, fingerprint
+from rarec.models.model_folder import check_folder, check_tokenizer, locate, read_model, read_with
 from rarec.prompts import TextTokenizer
 
 DEFAULT_CONTEXT_LENGTH = 512
@@ -116,7 +116,7 @@ def load_model(
         "dtype": config.dtype,
         "quantize": config.quantize,
         "config_sha256": config_hash(settings),
-        "fingerprint": backbone.fingerprint(),
+        "fingerprint": fingerprint(backbone.trunk, model.config),
         "tokenizer": tokenizer.fingerprint,
     }
     loaded = LoadedModel(backbone, tokenizer, context_length, identity)
@@ -242,10 +242,7 @@ def _load_trunk(config: Llm, path: str, kind: str) -> Any:
     if not config.allow_pickle_weights:
         keywords["use_safetensors"] = True
     loader = AutoModelForCausalLM if kind == "decoder" else AutoModel
-    keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # looked at below, with their names
-    model, info = read_with(loader, config.path, path, **keywords)
-    check_loaded(model.eval(), info, config.path)
-    model = headless(model)
+    model = headless(read_model(loader, config.path, path, **keywords)[0])
     _keep_unpacked(model)
     return model
 

@@ -123,6 +123,14 @@ def read_with(loader: Any, name: str, path: str, **keywords: Any) -> Any:
         log.setLevel(level)
 
 
+def read_model(loader: Any, name: str, path: str, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model for evaluation, and what transformers says about its loading; see `read_with`, `check_loaded`."""
+    keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # looked at below, with their names
+    model, info = read_with(loader, name, path, **keywords)
+    check_loaded(model.eval(), info, name)
+    return model, info
+
+
 def _reason(error: Exception) -> str:
     """Return the first line of a library's message, without advice to switch a protection off."""
     first_line = next(iter(str(error).strip().splitlines()), "")
