@@ -19,11 +19,11 @@ from rarec.bundle.recommended import Recommended
 from rarec.errors import UserError
 from rarec.report.clicks import click_rate, count_clicks, difference, lines
 from rarec.serve.batcher import Answer
+from rarec.serve.bundle_manager import overlap_of
 from rarec.serve.impressions import Impressions
 from rarec.serve.settings import ImpressionSettings, ServeSettings, read_settings
-from rarec.serve.shadow import overlap_of
 from rarec.serve.telemetry import Metrics
-from rarec.storage.user_hashes import hash_user, read_key
+from rarec.storage.files import hash_user, read_key
 from tests.commands import Command, run_command
 from tests.serving import service
 from tests.test_http import post, served, wait_for

@@ -174,17 +174,18 @@ def test_no_gradient_reaches_the_language_model_of_an_variant_without_slots(llam
     variant = made.meta_model("text_only", False)
     assert (variant.first_grad_block, made.steps("text_only")) == (None, None)  # as many as there are samples
     assert calculator(llama, readout={"head": False}).steps("text_only") == 0
-    sent = step_traffic(variant, "3", 2, 1, made.activations("text_only", made.setup(replace(GPU, gpus=2), "3")), False)
+    sent = step_traffic(variant, "3", 2, 1, made.activations("text_only", made.setup(replace(GPU, gpus=2), "3")))
     trunk = sum(weight.nbytes for weight in variant.frozen if weight.in_llm)
     assert sent.weights == trunk  # both towers, forward alone, and half of it is away
 
 
 def test_zero_3_saves_gathered_matrices_unless_blocks_are_recomputed(tmp_path):
     path = write_llm(tmp_path / "llm", "llama", blocks=4)
-    variant = calculator(path).meta_model("per_layer", False)
+    made = calculator(path)
+    variant, recomputing = (made.meta_model("per_layer", recomputes) for recomputes in (False, True))
     few = replace(SHIPPED_ZERO, persistent=0, live=1000)
     matrices = 2 * sum(weight.nbytes for weight in variant.frozen if weight.linear and weight.block is not None)
-    kept, recomputed = (rank_memory(variant, "3", 2, recomputes, few).gathered for recomputes in (False, True))
+    kept, recomputed = (rank_memory(each, "3", 2, few).gathered for each in (variant, recomputing))
     assert kept >= matrices
     assert recomputed < matrices / 4
 

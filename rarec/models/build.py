@@ -3,7 +3,7 @@
 Trained weights are files apart from the language model: alignment and readout in safetensors, LoRA in PEFT's format.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,11 +53,15 @@ def stored_blocks(config: RunConfig, count: int) -> list[int]:
     Raises:
         UserError: the model lacks one of them.
     """
-    blocks = sorted(set(config.shards.state_blocks or range(count)))
-    if blocks[-1] >= count:
-        problem = f"shards.state_blocks: the model has no block {blocks[-1]}"
-        raise UserError(problem, f"choose from blocks 0 to {count - 1}")
-    return blocks
+    return list(_known_blocks("shards.state_blocks", config.shards.state_blocks or range(count), count))
+
+
+def _known_blocks(field: str, blocks: Iterable[int], count: int) -> tuple[int, ...]:
+    """Return blocks that a field names, in their order; refuse one that a model with `count` blocks lacks."""
+    chosen = tuple(sorted(set(blocks)))
+    if chosen and chosen[-1] >= count:
+        raise UserError(f"{field}: the model has no block {chosen[-1]}", f"choose from blocks 0 to {count - 1}")
+    return chosen
 
 
 def slots_reserved(config: RunConfig, shapes: Mapping[str, SourceShape]) -> dict[str, dict[str, int]]:
@@ -157,10 +161,8 @@ def aligned_blocks(config: RunConfig, variant: Variant, count: int) -> tuple[int
         return ()
     if variant.blocks == "input":
         return (0,)
-    chosen = tuple(sorted(set(config.train.blocks))) if config.train.blocks is not None else tuple(range(count))
-    if chosen and chosen[-1] >= count:
-        raise UserError(f"train.blocks: the model has no block {chosen[-1]}", f"choose from blocks 0 to {count - 1}")
-    return chosen
+    named = config.train.blocks
+    return _known_blocks("train.blocks", range(count) if named is None else named, count)
 
 
 def alignment_state(model: RaRec, trained: Weights | None = None) -> dict[str, Tensor]:

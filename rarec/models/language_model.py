@@ -22,10 +22,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from rarec.config.method import Llm, Lora
@@ -70,13 +67,7 @@ class LoadedModel:
 
 
 def load_model(
-    config: Llm,
-    converted: Path,
-    *,
-    pool: Pool = "mean",
-    lora: Lora | None = None,
-    seed: int = 0,
-    device: str = "cpu",
+    config: Llm, converted: Path, *, pool: Pool = "mean", lora: Lora | None = None, device: str = "cpu"
 ) -> LoadedModel:
     """Load a frozen language model and its tokenizer. Code that comes with a model is never run.
 
@@ -84,8 +75,7 @@ def load_model(
         config: the section `llm`.
         converted: directory for the conversion of a GGUF file.
         pool: `readout.pool`.
-        lora: add new LoRA weights, through PEFT.
-        seed: seed of the LoRA weights.
+        lora: add LoRA weights through PEFT, for others to be loaded into.
         device: type of the device that the model will run on.
 
     Raises:
@@ -120,7 +110,7 @@ def load_model(
         "tokenizer": tokenizer.fingerprint,
     }
     loaded = LoadedModel(backbone, tokenizer, context_length, identity)
-    return with_adapter(loaded, lora, seed) if lora is not None else loaded
+    return with_adapter(loaded, lora, seed=0) if lora is not None else loaded
 
 
 def compile_blocks(backbone: FrozenBackbone) -> None:

@@ -8,16 +8,9 @@ from typing import Any, TypeVar
 from rarec.config import RunConfig
 from rarec.errors import UserError
 from rarec.models.build import SIDES, slots_reserved, stored_blocks
+from rarec.planning import costs
 from rarec.planning.activations import Activations, StepShape, encoding_peak, step_activations
-from rarec.planning.costs import (
-    SHIPPED_ZERO,
-    RankMemory,
-    Traffic,
-    ZeroSettings,
-    rank_memory,
-    step_seconds,
-    step_traffic,
-)
+from rarec.planning.costs import SHIPPED_ZERO, RankMemory, Traffic, ZeroSettings
 from rarec.planning.meta_model import MetaModel, MetaModelBuilder
 from rarec.planning.setup import (
     REPLICATED,
@@ -113,7 +106,7 @@ class Calculator:
 
     def _without_activations(self, variant: str, setup: TrainingSetup) -> RankMemory:
         model = self.meta_model(variant, setup.checkpointing)
-        return rank_memory(model, setup.engine, setup.cluster.world_size, setup.checkpointing, self.zero)
+        return costs.rank_memory(model, setup.engine, setup.cluster.world_size, self.zero)
 
     def activations(self, variant: str, setup: TrainingSetup) -> Activations:
         """Trace a step with the batch that needs the most memory."""
@@ -128,7 +121,7 @@ class Calculator:
         """Return the bytes that a rank sends in a step."""
         model = self.meta_model(variant, setup.checkpointing)
         step = self.activations(variant, setup)
-        return step_traffic(model, setup.engine, setup.cluster.world_size, setup.accumulate, step, setup.checkpointing)
+        return costs.step_traffic(model, setup.engine, setup.cluster.world_size, setup.accumulate, step)
 
     def step_tokens(self, variant: str, setup: TrainingSetup) -> float:
         """Return the tokens of a rank in a step on average: text, slots and padding of both sides."""
@@ -141,7 +134,7 @@ class Calculator:
             return None
         model = self.meta_model(variant, setup.checkpointing)
         traffic = self.traffic(variant, setup)
-        return step_seconds(model, traffic, setup.cluster, self.step_tokens(variant, setup), setup.checkpointing)
+        return costs.step_seconds(model, traffic, setup.cluster, self.step_tokens(variant, setup))
 
     def hours(self, variant: str, setup: TrainingSetup) -> float | None:
         """Return the duration of a training; None where the duration or the number of steps is unknown."""

@@ -118,16 +118,13 @@ class RankMemory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def rank_memory(
-    model: MetaModel, engine: EngineName, world_size: int, recomputes: bool = False, zero: ZeroSettings = SHIPPED_ZERO
-) -> RankMemory:
+def rank_memory(model: MetaModel, engine: EngineName, world_size: int, zero: ZeroSettings = SHIPPED_ZERO) -> RankMemory:
     """Return the memory of one rank while a variant is trained, without activations.
 
     Args:
         model: model of the variant.
         engine: engine to train with.
         world_size: number of ranks.
-        recomputes: whether blocks are recomputed in the backward pass.
         zero: DeepSpeed's settings.
     """
     whole = _bytes(model.trainable)
@@ -141,7 +138,7 @@ def rank_memory(
         gradients=share if engine in ("2", "3") else whole,
         optimizer=3 * share if deepspeed else 2 * whole,
         buckets=zero.bucket * _FLOAT if deepspeed else ddp_bucket,
-        gathered=_gathered_peak(model, engine, recomputes, zero),
+        gathered=_gathered_peak(model, engine, zero),
         update=3 * whole if deepspeed else whole,  # DeepSpeed's checkpoint gathers weights and moments
     )
 
@@ -164,10 +161,10 @@ def _frozen_bytes(weight: Weight, engine: EngineName, world_size: int, zero: Zer
     return weight.nbytes
 
 
-def _gathered_peak(model: MetaModel, engine: EngineName, recomputes: bool, zero: ZeroSettings) -> int:
+def _gathered_peak(model: MetaModel, engine: EngineName, zero: ZeroSettings) -> int:
     """Return the most bytes of weights that are gathered, or unpacked from 4 bits, at once."""
     if engine == "3":
-        return _gathered_by_zero3(model, recomputes, zero)
+        return _gathered_by_zero3(model, zero)
     if engine == "fsdp2":
         by_block = Counter[int | None]()
         for weight in model.frozen:
@@ -179,14 +176,14 @@ def _gathered_peak(model: MetaModel, engine: EngineName, recomputes: bool, zero:
     return round(wide * max(weight.numel for weight in model.frozen if weight.linear and weight.in_llm))
 
 
-def _gathered_by_zero3(model: MetaModel, recomputes: bool, zero: ZeroSettings) -> int:
+def _gathered_by_zero3(model: MetaModel, zero: ZeroSettings) -> int:
     sharded = [w for w in model.weights if w.numel > zero.persistent and (w.in_llm or w.trainable)]
     total = _bytes(sharded)
     largest = max((weight.nbytes for weight in sharded), default=0)
     numel = sum(weight.numel for weight in sharded)
     if numel <= zero.live:
         return total + largest
-    saved = 0 if recomputes else TOWERS * _bytes([weight for weight in model.grad_path if weight.linear])
+    saved = 0 if model.recomputes else TOWERS * _bytes([weight for weight in model.grad_path if weight.linear])
     return largest + max(round(zero.live * total / numel), saved)
 
 
@@ -200,7 +197,7 @@ class Traffic:
 
 
 def step_traffic(
-    model: MetaModel, engine: EngineName, world_size: int, micro_batches: int, step: Activations, recomputes: bool
+    model: MetaModel, engine: EngineName, world_size: int, micro_batches: int, step: Activations
 ) -> Traffic:
     """Return the bytes that one rank sends in a step of several micro-batches."""
     away = (world_size - 1) / world_size
@@ -208,13 +205,13 @@ def step_traffic(
     batch = (step.gathered + 2 * step.returned) * micro_batches
     gathered = 0
     if engine not in REPLICATED:  # by both towers: forward, and backward once or twice
-        backward = 2 if engine == "3" and recomputes else 1
+        backward = 2 if engine == "3" and model.recomputes else 1
         llm = [weight for weight in model.frozen if weight.in_llm]
         gathered = TOWERS * (_bytes(llm) + backward * _bytes(model.grad_path)) * micro_batches
     return Traffic(round(times * _bytes(model.trainable) * away), round(gathered * away), round(batch * away))
 
 
-def step_seconds(model: MetaModel, traffic: Traffic, cluster: Cluster, tokens: float, recomputes: bool) -> float:
+def step_seconds(model: MetaModel, traffic: Traffic, cluster: Cluster, tokens: float) -> float:
     """Estimate the duration of a step.
 
     Args:
@@ -222,10 +219,9 @@ def step_seconds(model: MetaModel, traffic: Traffic, cluster: Cluster, tokens: f
         traffic: bytes that a rank sends in a step.
         cluster: GPUs to train on; with several machines, all messages are as slow as the network.
         tokens: tokens of a rank in a step, of both sides, with slots and padding.
-        recomputes: whether blocks are recomputed in the backward pass.
     """
     device = cluster.device
-    factor = 2 if model.first_grad_block is None else 6 if recomputes else 4
+    factor = 2 if model.first_grad_block is None else 6 if model.recomputes else 4
     computing = factor * model.block_numel * tokens / (MFU * device.tflops * 1e12)
     per_second = (device.link_gb_s if cluster.machines == 1 else min(device.link_gb_s, NETWORK_GB_S)) * 1e9
     return max(computing, traffic.weights / per_second) + (traffic.gradients + traffic.batch) / per_second

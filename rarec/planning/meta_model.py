@@ -77,6 +77,7 @@ class MetaModel:
         nf4: whether the frozen linear layers are quantized to 4 bits.
 
     Attributes:
+        recomputes: whether blocks are recomputed in the backward pass.
         weights: all parameters, each once.
         frozen: the frozen ones, including a logit scale that is not trained.
         trainable: the trainable ones: alignment, heads, logit scale, LoRA.
@@ -84,6 +85,7 @@ class MetaModel:
 
     def __init__(self, model: RaRec, nf4: bool) -> None:
         self.model, self.nf4 = model, nf4
+        self.recomputes = model.backbone.recomputes
         self.weights = list(self._weights())
         self.frozen = [weight for weight in self.weights if not weight.trainable]
         self.trainable = [weight for weight in self.weights if weight.trainable]

@@ -25,7 +25,7 @@ from rarec.data.engines.table_files import find_files
 from rarec.data.preparation.inputs import as_seconds, as_text
 from rarec.errors import UserError
 from rarec.ranking.metrics import Interval
-from rarec.storage.user_hashes import KEY, hash_user, read_key
+from rarec.storage.files import KEY, hash_user, read_key
 
 ROLES = ("id", "item", "user", "time")
 """Of the columns of clicks: `item`, and `id` or both others."""

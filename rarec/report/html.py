@@ -12,26 +12,7 @@ from typing import Any
 from rarec.config import RunConfig, dump_config
 from rarec.console.inert import inert
 from rarec.errors import UserError
-from rarec.evaluation.results import (
-    CHEAP,
-    FUSED,
-    GROUPS,
-    ID_ONLY,
-    LIST_METRICS,
-    MINUS,
-    Finding,
-    baselines,
-    figure,
-    headline_metrics,
-    interval,
-    is_external,
-    metric_order,
-    primary_metric,
-    sentence_case,
-    variant_group,
-    variant_order,
-    variant_title,
-)
+from rarec.evaluation import results
 from rarec.evaluation.verdict import parts_worth, sanity_checks, verdict
 from rarec.ranking.metrics import SELECTED_BY
 from rarec.report import plots
@@ -75,20 +56,20 @@ def _template() -> Any:
     loader = jinja2.PackageLoader("rarec", "report")
     strict = jinja2.StrictUndefined
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"variant": variant_title, "figure": figure, "number": _number, "sentence": sentence_case}
-    page.filters |= {"in_order": partial(sorted, key=variant_order), "details": _details}
-    page.globals |= {"interval": interval, "version": __version__}
+    page.filters |= {"variant": results.variant_title, "figure": results.figure, "sentence": results.sentence_case}
+    page.filters |= {"in_order": partial(sorted, key=results.variant_order), "number": _number, "details": _details}
+    page.globals |= {"interval": results.interval, "version": __version__}
     page.tests["rows"] = _is_rows
     return page.get_template("report.html.j2")
 
 
 def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
     main = config.main_variant.name
-    variants = sorted({variant for variant, _ in files.cells}, key=variant_order)
+    variants = sorted({variant for variant, _ in files.cells}, key=results.variant_order)
     plain = [variant for variant in variants if "/" not in variant]
-    listed = {variant for variant, metric in files.cells if metric in LIST_METRICS}
-    metrics = sorted({metric for _, metric in files.cells}.difference(LIST_METRICS), key=metric_order)
-    headline = headline_metrics(metrics)
+    listed = {variant for variant, metric in files.cells if metric in results.LIST_METRICS}
+    metrics = sorted({metric for _, metric in files.cells}.difference(results.LIST_METRICS), key=results.metric_order)
+    headline = results.headline_metrics(metrics)
     first = [f for f in files.findings if f.metric == files.primary and "/" not in f.variant + f.baseline]
     others = [finding for finding in files.findings if finding not in first]
     return {
@@ -102,10 +83,10 @@ def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
         "sanity_checks": sanity_checks(files, main),
         "headline": _table(files, headline, plain),
         "everything": _table(files, metrics, variants),
-        "lists": {**_table(files, LIST_METRICS, [name for name in variants if name in listed]), "best": ()},
+        "lists": {**_table(files, results.LIST_METRICS, [name for name in variants if name in listed]), "best": ()},
         "parts": parts_worth(files, files.fusion, main, headline),
         "first": first,
-        "others": sorted(others, key=lambda finding: metric_order(finding.metric)),
+        "others": sorted(others, key=lambda finding: results.metric_order(finding.metric)),
         "training": [_cost(variant, training) for variant, training in files.training.items() if training.done],
         "improving": still_improving(files.training, config),
         "plots": _plots(files, plain, headline, first, main),
@@ -113,15 +94,15 @@ def _context(files: RunFiles, config: RunConfig) -> dict[str, Any]:
 
 
 def _plots(
-    files: RunFiles, variants: Sequence[str], headline: Sequence[str], findings: Sequence[Finding], main: str
+    files: RunFiles, variants: Sequence[str], headline: Sequence[str], findings: Sequence[results.Finding], main: str
 ) -> dict[str, list[str]]:
     """Draw every plot for which there is data."""
-    fusions = (row + CHEAP for row in (*baselines(files.values), main + FUSED))
-    compared = (ID_ONLY, main, *fusions, *filter(is_external, variants))
+    fusions = (row + results.CHEAP for row in (*results.baselines(files.values), main + results.FUSED))
+    compared = (results.ID_ONLY, main, *fusions, *filter(results.is_external, variants))
     logged = {variant: t for variant, t in files.training.items() if t.losses or t.validations}
-    metric = primary_metric(row["metric"] for row in files.strata)
+    metric = results.primary_metric(row["metric"] for row in files.strata)
     strata = [row for row in files.strata if row["metric"] == metric]
-    gains = [row for row in strata if MINUS in row["variant"]]
+    gains = [row for row in strata if results.MINUS in row["variant"]]
     return {
         "forest": [plots.forest(files.cells, variants, headline)] if variants else [],
         "differences": [plots.differences(findings)] if findings else [],
@@ -134,7 +115,7 @@ def _plots(
 
 def _table(files: RunFiles, metrics: Sequence[str], variants: Sequence[str]) -> dict[str, Any]:
     """Lay out variants and metrics in groups; `best` holds each column's highest cell of a row without `/`."""
-    groups = [(GROUPS[group], list(names)) for group, names in groupby(variants, variant_group)]
+    groups = [(results.GROUPS[group], list(names)) for group, names in groupby(variants, results.variant_group)]
     best = set()
     for metric in metrics:
         column = {v: files.cells[v, metric]["value"] for v in variants if "/" not in v and (v, metric) in files.cells}

@@ -21,13 +21,12 @@ from rarec.bundle.recommended import Request
 from rarec.errors import UserError
 from rarec.serve import schemas
 from rarec.serve.batcher import Closed, Late
-from rarec.serve.bundle_manager import BundleManager, Loaded
+from rarec.serve.bundle_manager import BundleManager, Loaded, Shadow
 from rarec.serve.engines import load_recommender
 from rarec.serve.guard import Guard
 from rarec.serve.impressions import Impressions
 from rarec.serve.refusals import Refused, refuse
 from rarec.serve.settings import ServeSettings, settings_of_environment
-from rarec.serve.shadow import Shadow
 from rarec.serve.telemetry import Metrics
 from rarec.version import __version__
 

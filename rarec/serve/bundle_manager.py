@@ -2,13 +2,16 @@
 
 A thread looks at the disk once a second. Where another bundle stands at a path, it is loaded beside the old one; then
 new requests get the new one, and the old one answers those that wait for it. What cannot be loaded changes nothing: its
-users get another bundle, and one that the settings name no more serves until all that they name are loaded.
+users get another bundle, and one that the settings name no more serves until all that they name are loaded. A shadow
+is asked beside those that answer, when nothing else waits, and compared with them.
 """
 
 import hashlib
+import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -16,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rarec.bundle.base_recommender import BaseRecommender
+from rarec.bundle.recommended import Request
 from rarec.errors import UserError
-from rarec.serve.batcher import Batcher
+from rarec.serve.batcher import Answer, Batcher, Busy, Closed
 from rarec.serve.refusals import BUSY, Refused
 from rarec.serve.settings import ServedBundle, ServeSettings, read_tokens
 from rarec.serve.telemetry import Metrics
@@ -253,3 +257,47 @@ def stamp_of(bundle: Path) -> Stamp | None:
     except (OSError, RuntimeError):
         return None
     return str(manifest), status.st_ino, status.st_mtime_ns, status.st_size
+
+
+class Shadow:
+    """Asks the shadow for a share of what is asked.
+
+    Args:
+        manager: the bundles.
+        metrics: of the process: what was asked, and how much of the lists is the same.
+    """
+
+    def __init__(self, manager: BundleManager, metrics: Metrics) -> None:
+        self._manager, self._metrics = manager, metrics
+
+    def ask(self, answered: Loaded, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        """Compare answers that were given with those of the shadow: later, if at all."""
+        settings = self._manager.settings
+        shadow = settings.shadow
+        if shadow is None or answered.name == shadow.bundle or random.random() >= shadow.share:
+            return
+        loaded = self._manager.idle(shadow.bundle)
+        try:
+            if loaded is None:
+                raise Closed
+            future = loaded.batcher.answer(requests, time.monotonic() + settings.timeout)
+        except (Busy, Closed):
+            self._metrics.shadow.labels("dropped").inc()
+            return
+        future.add_done_callback(partial(self._compare, loaded, answers))
+
+    def _compare(self, loaded: Loaded, answers: Sequence[Answer], future: "Future[list[Answer]]") -> None:
+        if future.cancelled() or future.exception():
+            self._metrics.shadow.labels("failed").inc()
+            return
+        self._metrics.shadow.labels("asked").inc()
+        overlap = self._metrics.overlap.labels(*loaded.source.values())
+        for given, other in zip(answers, future.result(), strict=True):
+            overlap.observe(overlap_of(given, other))
+
+
+def overlap_of(one: Answer, other: Answer) -> float:
+    """Return the share of items that two lists have in common, of the longer one; 1 for two empty ones."""
+    items = [{item.item for item in answer.items} for answer in (one, other)]
+    longest = max(map(len, items))
+    return len(items[0] & items[1]) / longest if longest else 1.0

@@ -22,8 +22,7 @@ from rarec.errors import UserError
 from rarec.serve.batcher import Answer
 from rarec.serve.settings import ImpressionSettings
 from rarec.serve.telemetry import Metrics, event
-from rarec.storage.files import atomic_write
-from rarec.storage.user_hashes import hash_user, read_key
+from rarec.storage.files import atomic_write, hash_user, read_key
 
 SCHEMA = pa.schema(
     {

@@ -64,13 +64,7 @@ def train_variant(run: Run, variant: Variant, directory: Path, checkpoints: Chec
     return figures, stop if world.all_reduce_max(int(stopped)) else ""
 
 
-def _fit(
-    variant: Variant,
-    log: Path,
-    trainer: Trainer,
-    state: TrainingState,
-    accelerator: Accelerator | None,
-) -> bool:
+def _fit(variant: Variant, log: Path, trainer: Trainer, state: TrainingState, accelerator: Accelerator | None) -> bool:
     """Train to the end, or until a signal comes; return whether one came too late to stop this training."""
     if accelerator is not None:
         accelerator.init_trackers("log")

@@ -1,12 +1,14 @@
-"""Files that are renamed from a temporary one when whole, and locks that end with their process."""
+"""Files that are renamed from a temporary one when whole, locks that end with their process, and hashes of users."""
 
 import errno
 import fcntl
 import glob
 import hashlib
+import hmac
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import threading
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rarec.errors import UserError
+
+KEY = "user.key"
+"""File in a folder with the key of the users' hashes in its files: without it, nobody can tell who they are."""
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -234,3 +239,30 @@ def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file; bytes that are not UTF-8 are replaced."""
     with open_file(path) as file:
         return file.read().decode("utf-8", errors="replace").splitlines()
+
+
+# ---- users in files that others read
+
+
+def read_key(folder: Path, *, create: bool = False) -> bytes:
+    """Return the key of a folder.
+
+    Args:
+        folder: of the files.
+        create: make one if there is none, readable by its owner alone.
+
+    Raises:
+        OSError: it cannot be read, or not be made.
+    """
+    file = folder / KEY
+    if create:
+        with suppress(FileExistsError):
+            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "w") as new:
+                new.write(secrets.token_hex(32))
+    return file.read_bytes()
+
+
+def hash_user(key: bytes, user: str) -> str:
+    """Return what stands for a user."""
+    return hmac.new(key, user.encode(), hashlib.sha256).hexdigest()[:32]

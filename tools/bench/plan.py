@@ -127,7 +127,7 @@ def planned(case: Case, tree: dict[str, Any]) -> dict[str, int]:
     buckets = memory.buckets if case.engine in ("1", "2") else 0
     gradients = memory.gradients if case.engine in ("0", "1", "fsdp2") else 0  # allocated in a step, freed at its end
     model = calculator.meta_model(VARIANT, case.checkpointing)
-    sent = step_traffic(model, case.engine, case.ranks, 2, step, case.checkpointing)
+    sent = step_traffic(model, case.engine, case.ranks, 2, step)
     return {
         "frozen weights": memory.frozen,
         "buffers": memory.buffers,
