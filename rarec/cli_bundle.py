@@ -315,9 +315,8 @@ def vectors(
 
 
 _OPTIONS = {
-    r"prepare\.items\.path: ": "",
     r"prepare\.items\.item": "--item",
-    r"prepare\.items\.(title|text)": "--texts",
+    r"prepare\.items\.\w+": "--texts",
     r"(, or |^)set llm\..*": r"\1take another model",
     r"llm\.path": "--model",
 }

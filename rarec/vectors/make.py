@@ -59,13 +59,10 @@ def read_texts(table: str, item: str, columns: Sequence[str], say: Callable[[str
         UserError: the table cannot be read, lacks a column, or has no text.
     """
     items = Items(path=table, item=item, title=columns[0], text=[*columns[1:]], untitled="")
-    texts = {}
-    with tempfile.TemporaryDirectory(prefix="rarec-") as scratch, closing(DuckDBEngine(Path(scratch), None)) as engine:
-        location = table_location(items, "prepare.items")
-        read, counts = read_catalogue(engine, items, location, lambda line: None)
-        for batch in engine.batches(read.order_by("line")):
-            texts.update({str(row["item"]): f"{row['title']} {row['text']}".strip() for row in batch.to_pylist()})
-    texts = {item_id: text for item_id, text in texts.items() if text}
+    with tempfile.TemporaryDirectory(prefix="rarec-") as scratch, closing(DuckDBEngine(Path(scratch))) as engine:
+        read, counts = read_catalogue(engine, items, table_location(items, "prepare.items"), lambda line: None)
+        rows = (row for batch in engine.batches(read.order_by("line")) for row in batch.to_pylist())
+        texts = {str(row["item"]): text for row in rows if (text := f"{row['title']} {row['text']}".strip())}
     if not texts:
         raise UserError(f"{table}: no row has an id and a text in {', '.join(columns)}", "name other columns: --texts")
     say(f"{table}: {len(texts):,} items have a text, of {counts['rows']:,} rows")
