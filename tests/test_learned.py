@@ -210,12 +210,12 @@ def test_an_order_of_too_few_users_is_left_out(run):
     assert any("no learned order" in line and "40 validation users" in line for line in lines)
 
 
-@pytest.fixture(scope="module")
-def learned(finished, tmp_path_factory) -> Run:
-    """A finished run whose bundle is of a row in a learned order."""
+@pytest.fixture(scope="module", params=["{}", "{exclude_seen: false, max_history: 8}"])
+def learned(finished, tmp_path_factory, request) -> Run:
+    """A finished run whose bundle is of a row in a learned order, by two sets of rules."""
     root = tmp_path_factory.mktemp("learned") / "run"
     shutil.copytree(open_run(finished).root, root)
-    overrides = [f"run.dir={root}", "evaluate.learned_users=60", f"export.variant={ROW}"]
+    overrides = [f"run.dir={root}", f"evaluate={request.param}", "evaluate.learned_users=60", f"export.variant={ROW}"]
     run = open_run(finished, overrides)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "FEWEST", 5)
@@ -257,7 +257,7 @@ def test_every_form_of_the_bundle_has_its_order(learned, folder):
     assert agree(onnx.recommend(everyone, k=10, fallback="none"), listed)
     assert agree(client.recommend(everyone, k=10), listed)
     for rules in (
-        {"exclude_seen": False},
+        {"exclude_seen": not served.rules.asked.exclude_seen},
         {"allow": served.items[3:30]},
         {"deny": [entry.item for entry in listed[0]]},
     ):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarec.bundle.conditions import matching
-from rarec.bundle.recommended import Request
+from rarec.bundle.recommended import Asked, Request
 from rarec.bundle.rules import Rules, diversified
 from rarec.errors import UserError
 
@@ -241,6 +241,16 @@ def test_a_list_of_neighbours_is_filled_where_they_say_nothing():
     assert listed([3, 0, 2, -1], [2.0, 0.0, 0.0, -np.inf], [1], own, fallback="none") == [(3, 2)]
     assert listed([3, 0], [2.0, 0.0], [1], own, k=2, where="size = 3 or size = -4") == [(3, 2), (2, 0)]
     assert listed([3, 0, 2], [2.0, 0.0, -1.0], [1]) == [(3, 2), (0, 0), (2, -1)]  # a model that scores all
+
+
+def test_what_is_read_and_left_out_is_as_the_row_was_evaluated():
+    own = rules(asked=Asked(exclude_seen=False, max_history=2))
+    histories, unknown = own.rows([["a", "b", "x", 7], [], ["c"]])
+    assert [history.tolist() for history in histories] == [[1, 3], [], [2]]
+    assert unknown == [1, 0, 0]
+    for exclude, seen in ((None, []), (False, []), (True, [1, 3])):
+        (plan,) = own.plans([Request((), exclude_seen=exclude)], histories[:1])
+        assert plan.seen.tolist() == seen
 
 
 def test_diversity_reads_more_items_than_it_returns():

@@ -21,6 +21,7 @@ from rarec.bundle.recommended import (
     Recommendations,
     Recommended,
     Request,
+    Rows,
 )
 from rarec.bundle.row import Row
 from rarec.bundle.rules import Plan, Rules, check_k, lists_of
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from rarec.neighbours.base import NewItems, TextVectors
 
 Float32 = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
 
 
 class NotOffered(UserError):
@@ -63,7 +63,7 @@ class BaseRecommender(ABC):
         self._row, self.row, self.catalogue = served, served.name, catalogue
         self.items: list[Id] = catalogue.ids.to_pylist()
         columns, compared_NZ = catalogue.columns, served.compared_NZ
-        self.rules = Rules(self.items, catalogue.counts_N, columns, date, compared_NZ, served.lists)
+        self.rules = Rules(self.items, catalogue.counts_N, columns, date, compared_NZ, served.lists, served.asked)
 
     # What a subclass has.
 
@@ -90,7 +90,7 @@ class BaseRecommender(ABC):
         histories: Sequence[History],
         k: int = 10,
         *,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         allow: Collection[Id] | None = None,
         deny: Collection[Id] = (),
         where: str | None = None,
@@ -103,7 +103,7 @@ class BaseRecommender(ABC):
             histories: of each user the ids of items, oldest first. Ids that are not in the catalogue are skipped and
                 counted.
             k: number of items.
-            exclude_seen: leave out the items of the history.
+            exclude_seen: leave out the items of the history; by default as the row was evaluated (`evaluate`).
             allow: the only items that may be returned; all by default. Unknown ids are skipped, here and in `deny`, and
                 are in the answer.
             deny: items that may not be returned.
@@ -133,8 +133,9 @@ class BaseRecommender(ABC):
         return Recommendations(self._ranked(plans), unknown, [plan.unknown for plan in plans])
 
     def recommend_to(self, histories: Sequence[Rows], k: int = 10, **rules: Any) -> list[list[Recommended]]:
-        """Return the k best new items for histories of item rows, as `open_log` yields them; rules as of `Request`."""
-        return self._ranked(self.rules.plans([Request((), k, **rules)] * len(histories), histories))
+        """Return the k best items for histories of item rows, as `open_log` yields them; rules as of `Request`."""
+        known = [self._row.asked.known(history) for history in histories]
+        return self._ranked(self.rules.plans([Request((), k, **rules)] * len(known), known))
 
     def _ranked(self, plans: Sequence[Plan]) -> list[list[Recommended]]:
         asked = [plan for plan in plans if plan.candidates]
@@ -203,7 +204,7 @@ class BaseRecommender(ABC):
         return self._listed(best, cosines_N[best])
 
     def compare(self, history: History, k: int = 10) -> dict[str, list[Recommended]]:
-        """Return the k best new items by each part of the row alone, by the part's title.
+        """Return the k best items by each part of the row alone, by the part's title.
 
         Raises:
             UserError: k is not positive.
@@ -214,7 +215,7 @@ class BaseRecommender(ABC):
         for name, scores_N in self._row.part_scores(self.queries([rows])[0], rows).items():
             if name == NEW:
                 continue
-            order = _order(scores_N, rows)[:k]
+            order = _order(scores_N, self._row.asked.seen(rows))[:k]
             best[self._row.parts[name].title] = self._listed(order, scores_N[order])
         return best
 
@@ -232,7 +233,7 @@ class BaseRecommender(ABC):
         shares_NP = np.vstack([self._row.shares(query_VF, rows), self._shares_of_new(query_VF, rows, title, text)])
         *known, new = self._row.whole(shares_NP, rows).tolist()
         scores_N = np.array(known, np.float32)
-        order = _order(scores_N, rows)
+        order = _order(scores_N, self._row.asked.seen(rows))
         rank = int((scores_N[order] >= new).sum()) + 1
         beside = order[max(0, rank - 1 - around) : rank - 1], order[rank - 1 : rank - 1 + around]
         return Place(rank, len(order) + 1, new, *(self._listed(part, scores_N[part]) for part in beside))

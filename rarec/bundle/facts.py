@@ -14,7 +14,7 @@ from rarec.config.registry import KINDS
 from rarec.config.section import Count, Positive, Rate, Section, Seed, Share
 from rarec.ids.source import KINDS_OF_USERS
 
-SCHEMA = 2
+SCHEMA = 3
 """Of `recommender.json`."""
 PICKLE = "llm.allow_pickle_weights"
 """What must be trusted by name to read a language model that is a pickle."""
@@ -120,6 +120,13 @@ class _Model(BaseModel):
     settings: Annotated[_Sections, AfterValidator(_complete)]
 
 
+class _Asked(Section):
+    """How the row was evaluated; see `Asked`."""
+
+    exclude_seen: bool
+    max_history: Positive | None
+
+
 class _Items(BaseModel):
     """A table of items, which says what replaces a missing title; `Prepare` checks its other fields."""
 
@@ -144,6 +151,7 @@ class BundleFacts(Section):
     id_model: str
     sources: dict[str, _Source]
     neighbours: _Neighbours | None
+    asked: _Asked
     batch_size: Count
     tables: _Tables
     model: _Model | None

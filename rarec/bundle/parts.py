@@ -20,6 +20,7 @@ from scipy.sparse import csr_matrix
 
 from rarec.bundle.base_recommender import chances
 from rarec.bundle.bundle import FACTS, MODEL, REMEDY, TEXTS, Bundle, Float32, Rows
+from rarec.bundle.recommended import BY_DEFAULT, Asked
 from rarec.bundle.row import Part, Row, Table
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
@@ -221,7 +222,7 @@ class Parts:
 
     def scored(self, histories: RowsOfUsers) -> Scores:
         """Return the scores of the row after some histories."""
-        return self._whole.scored(unknown_users(histories))
+        return self._whole.scored(unknown_users(histories, self.row.asked))
 
     def _ranker(self, name: str) -> Ranker:
         bundle = self.bundle
@@ -256,6 +257,7 @@ class Parts:
             untitled=facts["tables"]["items"]["untitled"],
             top=rule["top"],
             order=self.bundle.order,
+            asked=Asked(**facts["asked"]),
         )
 
     @property
@@ -264,10 +266,10 @@ class Parts:
         return self.model.encoder
 
 
-def unknown_users(histories: RowsOfUsers) -> EvalBatch:
+def unknown_users(histories: RowsOfUsers, asked: Asked = BY_DEFAULT) -> EvalBatch:
     """Return users of no dataset, by their histories."""
     nobody = np.zeros(len(histories), np.int64)
-    return EvalBatch(nobody, histories, nobody - 1)  # whose target is not known
+    return EvalBatch(nobody, histories, nobody - 1, asked.exclude_seen)  # whose target is not known
 
 
 def sample_histories(parts: Parts, count: int, seed: int = 17) -> list[Rows]:
@@ -328,7 +330,7 @@ class DenseForm(Ranker):
     def best(
         self, users: Float32, histories: Sequence[Rows], candidates: Sequence[Rows], k: int
     ) -> list[tuple[Rows, Float32]]:
-        """Return each user's k best new items among candidates and what the neighbour tables list, with their scores.
+        """Return each user's k best items among candidates and what the neighbour tables list, with their scores.
 
         They are the best of the catalogue if the candidates hold the k + seen items of the largest inner product; with
         a learned order, the 200 + seen.
@@ -343,7 +345,7 @@ class DenseForm(Ranker):
         best = []
         for user, (history, rows) in enumerate(zip(histories, candidates, strict=True)):
             near_1N = near_BN[[user]]
-            among = np.setdiff1d(np.concatenate([rows, near_1N.indices]).astype(np.int64), history)
+            among = np.setdiff1d(np.concatenate([rows, near_1N.indices]).astype(np.int64), self.row.asked.seen(history))
             if self.row.order is None:
                 scores = (self.items_NF[among] @ users[user].T).max(1) + near_1N[:, among].toarray().ravel()
             else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Id = str | int
 History = Sequence[Id]
 """Ids of items, oldest first."""
+Rows = npt.NDArray[np.int64]
 COLUMNS = ("item_id", "title", "text", "train_count")
 """Of `items.parquet`."""
 _IDS = (pa.int64(), pa.string())
@@ -87,12 +88,36 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The rules under which a row was evaluated, and under which it serves: the fields of `evaluate` of that name.
+
+    Attributes:
+        exclude_seen: whether the items of a history may not be returned, unless a request says otherwise.
+        max_history: number of newest items of a history that are read; None for all.
+    """
+
+    exclude_seen: bool = True
+    max_history: int | None = None
+
+    def known(self, history: Rows) -> Rows:
+        """Return the part of a history that is read."""
+        return history if self.max_history is None else history[-self.max_history :]
+
+    def seen(self, history: Rows) -> Rows:
+        """Return the items of a history that may not be returned."""
+        return history if self.exclude_seen else history[:0]
+
+
+BY_DEFAULT = Asked()
+
+
+@dataclass(frozen=True)
 class Request:
     """What one user asks for; see `Recommender.recommend`."""
 
     history: History
     k: int = 10
-    exclude_seen: bool = True
+    exclude_seen: bool | None = None
     allow: Collection[Id] | None = None
     deny: Collection[Id] = ()
     where: str | None = None
@@ -167,7 +192,7 @@ class Place:
     """The place of a new item in a user's ranking.
 
     Attributes:
-        rank: 1 is the best of all items that the user has not seen.
+        rank: 1 is the best of all items that may be returned.
         of: number of these items, the new one included.
         score: of the new item.
         above: the items right above it, best first.

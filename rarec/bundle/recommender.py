@@ -83,7 +83,7 @@ class Recommender(BaseRecommender):
         return self.parts.encoder.users(np.zeros(len(rows), np.int64), rows)
 
     def rerank(self, histories: Sequence[History], candidates: Sequence[Sequence[Id]], k: int = 10) -> Recommendations:
-        """Return each user's k best new items among candidates, such as a vector index finds, and the neighbours.
+        """Return each user's k best items among candidates, such as a vector index finds, and the neighbours.
 
         With the k + len(history) best by inner product as candidates, these are the k best of the catalogue. A learned
         order takes the 200 + len(history) best.

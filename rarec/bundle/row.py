@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from rarec.bundle.recommended import Catalogue
+from rarec.bundle.recommended import BY_DEFAULT, Asked, Catalogue, Rows
 from rarec.config.neighbours import built_in
 from rarec.errors import UserError
 from rarec.neighbours.scores import item_weights, part_scores, shares
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-Rows = npt.NDArray[np.int64]
 Table = tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], Float32]
 """A neighbour table by item: where the item's neighbours begin and end (N + 1,), all neighbours (P,), their scores."""
 
@@ -66,6 +65,7 @@ class Row:
         untitled: the text that replaces a missing title.
         top: number of neighbours that a table keeps of each item.
         order: that the best items are in, if it was learned; tables of vectors have the scores before it.
+        asked: how the row was evaluated.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Row:
     untitled: str = ""
     top: int = 0
     order: LearnedOrder | None = None
+    asked: Asked = BY_DEFAULT
 
     @cached_property
     def dense(self) -> dict[str, Part]:
@@ -145,7 +146,9 @@ class Row:
     def whole(self, shares_NP: Float32, history: Rows) -> Float32:
         """Return the scores of items from what each part adds to them, in the row's order, (N,)."""
         whole_N: Float32 = shares_NP.sum(1, dtype=np.float32)
-        return whole_N if self.order is None else reordered(self.order, shares_NP, history)
+        if self.order is None:
+            return whole_N
+        return reordered(self.order, shares_NP, history, exclude_seen=self.asked.exclude_seen)
 
     def neighbours(self, item: int) -> Rows:
         """Return the items that are bought with one, best first, by a table of the row; none where it has none."""

@@ -6,7 +6,7 @@ Shape letters: N catalogue, C candidates, K items of a list, E size of the vecto
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -16,10 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rarec.bundle.conditions import matching
-from rarec.bundle.recommended import History, Id, Request
+from rarec.bundle.recommended import BY_DEFAULT, Asked, History, Id, Request, Rows
 from rarec.errors import UserError
 
-Rows = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 POPULARITY, RECENT, NONE = "popularity", "recent", "none"
@@ -60,7 +59,8 @@ class Plan:
     @property
     def seen(self) -> Rows:
         """The rows of the history, if they may not be returned."""
-        return self.history if self.request.exclude_seen else np.empty(0, np.int64)
+        exclude, asked = self.request.exclude_seen, self.rules.asked
+        return (asked if exclude is None else replace(asked, exclude_seen=exclude)).seen(self.history)
 
     def listed(self, rows_C: Rows, scores_C: Float32) -> tuple[Rows, Float32]:
         """Return the list, rows and scores (K,), made of the model's best items; a fallback's have the score 0.
@@ -94,6 +94,7 @@ class Rules:
         date: name of the column that says how new an item is, if there is one.
         vectors_NE: by which items are compared; None where there are none.
         lists: whether the model scores the few items alone that it lists for a user, and says nothing of all others.
+        asked: how the row was evaluated.
     """
 
     def __init__(
@@ -104,15 +105,16 @@ class Rules:
         date: str | None = None,
         vectors_NE: Float32 | None = None,
         lists: bool = False,
+        asked: Asked = BY_DEFAULT,
     ) -> None:
         self.row_of = {str(item): row for row, item in enumerate(ids)}
-        self.lists = lists
+        self.lists, self.asked = lists, asked
         self._counts_N, self._columns, self._date, self._vectors_NE = counts_N, columns, date, vectors_NE
         self.order = lru_cache(len(FALLBACKS))(self._order)
         self._matching = lru_cache(KEPT)(lambda condition: matching(condition, self._columns))
 
     def rows(self, histories: Sequence[History], *, empty: bool = True) -> tuple[list[Rows], list[int]]:
-        """Return the item rows of histories, and how many ids of each are not in the catalogue.
+        """Return the item rows of what is read of histories, and how many ids of each are not in the catalogue.
 
         Args:
             histories: of each user the ids of items.
@@ -124,7 +126,7 @@ class Rules:
         rows = [np.array([self.row_of.get(str(item), -1) for item in own], np.int64) for own in lists_of(histories)]
         if not rows and not empty:
             raise UserError("there is no history", _LISTS)
-        return [own[own >= 0] for own in rows], [int((own < 0).sum()) for own in rows]
+        return [self.asked.known(own[own >= 0]) for own in rows], [int((own < 0).sum()) for own in rows]
 
     def plans(self, requests: Sequence[Request], histories: Sequence[Rows]) -> list[Plan]:
         """Return the plans of requests.

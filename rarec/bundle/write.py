@@ -146,6 +146,7 @@ def _facts(contents: Contents, config: RunConfig) -> dict[str, Any]:
         "id_model": "id",
         "sources": {name: _source_facts(source) for name, source in contents.sources.items()},
         "neighbours": neighbours if contents.tables else None,
+        "asked": config.evaluate.model_dump(include={"exclude_seen", "max_history"}),
         "batch_size": config.evaluate.batch_size,
         "tables": tables,
         "model": _model_facts(trained, config) if trained is not None else None,

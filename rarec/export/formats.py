@@ -73,7 +73,7 @@ class ExactLists:
         batch = EvalBatch.of(dataset, dataset.targets("validation", USERS))
         ids = ([str(dataset.item_ids[int(row)]) for row in history] for history in batch.histories)
         rows = [np.array([row_of[item] for item in own if item in row_of], np.int64) for own in ids]
-        return cls(parts, rows, f"{len(rows)} validation users")
+        return cls(parts, [parts.row.asked.known(own) for own in rows], f"{len(rows)} validation users")
 
     @cached_property
     def queries(self) -> Float32:
@@ -81,7 +81,7 @@ class ExactLists:
         return self.parts.dense.users(self.histories)
 
     def overlap(self, search: Callable[[Float32, int], Rows], queries: Float32 | None = None) -> float:
-        """Return the share of the exact K best new items that are in the lists of an approximation.
+        """Return the share of the exact K best items that are in the lists of an approximation.
 
         Items of equal score count alike.
 
@@ -100,7 +100,7 @@ class ExactLists:
             scores_N = scores.block(slice(user, user + 1))[0].numpy()
             if learned:  # by the same arithmetic as the list: it reads places, which rounding may swap
                 scores_N = form.row.whole(form.row.shares(self.queries[user], history), history)
-            scores_N[history] = -np.inf
+            scores_N[form.row.asked.seen(history)] = -np.inf
             best_K = np.sort(scores_N)[::-1][:K]
             best_K = best_K[best_K > -np.inf]
             if len(best_K):
@@ -156,6 +156,7 @@ class Vectors(Target):
             "neighbours": weights,
             "newest": row.newest,
             "decay": row.decay,
+            "asked": vars(row.asked),
         }
         write_json(directory / FACTS, facts)
         return {}

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered, Rows
-from rarec.bundle.recommended import Catalogue
+from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered
+from rarec.bundle.recommended import Asked, Catalogue, Rows
 from rarec.bundle.row import Part, Row, Table
 from rarec.bundle.rules import Plan
 from rarec.config.method import Prompt
@@ -51,7 +51,8 @@ class OnnxRecommender(BaseRecommender):
         exported = {name: client.tables[name] for name in parts if name in client.tables}
         rule: Mapping[str, Any] = next(iter(self._facts["words"].values()), {})
         row = Row(name, parts, exported, client.facts["newest"], client.facts["decay"], self._facts["compared"], **rule)
-        return replace(row, tables={name: self._own_table(row, name) for name in exported}, order=client.order)
+        tables = {name: self._own_table(row, name) for name in exported}
+        return replace(row, tables=tables, order=client.order, asked=Asked(**client.facts["asked"]))
 
     def _own_table(self, row: Row, name: str) -> Table:
         """Return a neighbour table with its own scores; in the client's they may be times their items' weights."""

@@ -23,7 +23,7 @@ BATCH = 32
 
 
 class Client:
-    """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best new (id, title, score).
+    """`Client(folder).recommend([["sku-1", "sku-7"]], k=10)`: for each history the best (id, title, score).
 
     Every file that it reads is checked by the sha256 in the folder's manifest.
 
@@ -47,7 +47,7 @@ class Client:
         self.facts = json.loads(Path(self.checked("client.json")).read_text(encoding="utf-8"))
         self.index = faiss.read_index(self.checked("index.faiss"))
         self.vectors = _stored(self.index) if isinstance(self.index, faiss.IndexFlat) else None
-        self.prompt = self.facts["prompt"]
+        self.prompt, self.asked = self.facts["prompt"], self.facts["asked"]
         items = pq.read_table(self.checked("items.parquet"), columns=["id", "title"])
         self.ids, self.titles = items["id"].to_pylist(), items["title"].to_pylist()
         self.row_of = {str(item): row for row, item in enumerate(self.ids)}
@@ -96,9 +96,12 @@ class Client:
         return np.searchsorted(rows, np.arange(len(self.ids) + 1, dtype=rows.dtype)), neighbours, scores
 
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
-        """Return each user's k best new items; ids that are not in the catalogue are skipped."""
+        """Return each user's k best items, new ones alone if they were evaluated so; unknown ids are skipped."""
         rows = [[self.row_of[str(item)] for item in history if str(item) in self.row_of] for history in histories]
-        best = (self.best(query, history, k, history) for query, history in zip(self.queries(rows), rows, strict=True))
+        rows = [history[-(self.asked["max_history"] or len(history)) :] for history in rows]
+        hidden = rows if self.asked["exclude_seen"] else [[]] * len(rows)
+        each = zip(self.queries(rows), rows, hidden, strict=True)
+        best = (self.best(query, history, k, seen) for query, history, seen in each)
         return [[(self.ids[row], self.titles[row], score) for row, score in items] for items in best]
 
     def queries(self, rows: list[list[int]]) -> Any:
@@ -133,7 +136,8 @@ class Client:
     def in_order(self, query: Any, history: list[int]) -> Any:
         """Return the score of each item where the best are in a learned order, (N,)."""
         scores = part_scores(self.parts, self.tables, query, history, self.facts["newest"], self.facts["decay"])
-        return reordered(self.order, shares(self.weights, scores), history)
+        whole = shares(self.weights, scores)
+        return reordered(self.order, whole, history, exclude_seen=self.asked["exclude_seen"])
 
     def near(self, history: list[int]) -> Any:
         """Return what the neighbour tables add to the score of each item, (N,)."""

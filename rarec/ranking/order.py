@@ -87,19 +87,22 @@ class LearnedOrder:
         return scores_BK
 
 
-def reordered(order: LearnedOrder, shares_NP: Float32, history: Any) -> Float32:
-    """Return the scores of the catalogue with the fusion's best new items in a learned order, above all others, (N,).
+def reordered(order: LearnedOrder, shares_NP: Float32, history: Any, *, exclude_seen: bool = True) -> Float32:
+    """Return the scores of the catalogue with the fusion's best items in a learned order, above all others, (N,).
 
     Args:
         order: what was learned.
         shares_NP: what each part adds to the score of each item.
         history: item rows.
+        exclude_seen: whether the items of the history are not among the best.
     """
     scores_N: Float32 = shares_NP.sum(1)
-    new_N = scores_N.copy()
-    new_N[history] = -np.inf
+    competing_N = scores_N.copy()
     different = len(set(history))
-    rows_K = np.argsort(-new_N, kind="stable")[: max(1, min(CANDIDATES, len(new_N) - different))]
+    if exclude_seen:
+        competing_N[history] = -np.inf
+    count = min(CANDIDATES, len(scores_N) - exclude_seen * different)
+    rows_K = np.argsort(-competing_N, kind="stable")[: max(1, count)]
     candidates = Candidates(rows_K[None], shares_NP[rows_K][None], np.array([[len(history), different]]))
     scores_K = order.scores(candidates)[0]
     scores_N[rows_K] = scores_K + (scores_N.max() - scores_K.min() + 1)

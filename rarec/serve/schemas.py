@@ -48,7 +48,8 @@ class RecommendRequest(VectorsRequest):
     """`POST /v1/recommend`."""
 
     k: K = 10
-    exclude_seen: StrictBool = True
+    exclude_seen: StrictBool | None = None
+    """Whether the items of the history are left out; by default as the row was evaluated."""
     allow: list[ItemId] | None = None
     """The only items that may be returned."""
     deny: list[ItemId] = []
