@@ -291,7 +291,7 @@ def agree(lists, expected) -> bool:
         [item for item, *_ in own] == [entry.item for entry in other]
         for own, other in zip(lists, expected, strict=True)
     ]
-    return sum(same) >= 0.9 * len(same)
+    return sum(same) >= 0.8 * len(same)
 
 
 @pytest.mark.slow

@@ -97,11 +97,10 @@ class Client:
 
     def recommend(self, histories: Any, k: int = 10) -> list[list[tuple[Any, str, float]]]:
         """Return each user's k best items, new ones alone if they were evaluated so; unknown ids are skipped."""
-        rows = [[self.row_of[str(item)] for item in history if str(item) in self.row_of] for history in histories]
-        rows = [history[-(self.asked["max_history"] or len(history)) :] for history in rows]
-        hidden = rows if self.asked["exclude_seen"] else [[]] * len(rows)
-        each = zip(self.queries(rows), rows, hidden, strict=True)
-        best = (self.best(query, history, k, seen) for query, history, seen in each)
+        known = ([self.row_of[str(item)] for item in history if str(item) in self.row_of] for history in histories)
+        rows = [history[-(self.asked["max_history"] or 0) :] for history in known]
+        new = self.asked["exclude_seen"]
+        best = (self.best(*pair, k, pair[1] if new else []) for pair in zip(self.queries(rows), rows, strict=True))
         return [[(self.ids[row], self.titles[row], score) for row, score in items] for items in best]
 
     def queries(self, rows: list[list[int]]) -> Any:
@@ -136,8 +135,7 @@ class Client:
     def in_order(self, query: Any, history: list[int]) -> Any:
         """Return the score of each item where the best are in a learned order, (N,)."""
         scores = part_scores(self.parts, self.tables, query, history, self.facts["newest"], self.facts["decay"])
-        whole = shares(self.weights, scores)
-        return reordered(self.order, whole, history, exclude_seen=self.asked["exclude_seen"])
+        return reordered(self.order, shares(self.weights, scores), history, exclude_seen=self.asked["exclude_seen"])
 
     def near(self, history: list[int]) -> Any:
         """Return what the neighbour tables add to the score of each item, (N,)."""
