@@ -59,6 +59,8 @@ def test_overrides_are_yaml(small):
         ("ids.model=import", r"`imported`"),
         ("sources.größe.items=x.npy", r"field `sources.größe"),
         ("sources.id.items=x.npy", r"sources: `id`"),
+        ("neighbours.models=[source:image]", r"neighbours\.models: `source:image`.*sources"),
+        ("neighbours.models=[source:id]", r"field `neighbours\.models.*taken"),
         ("prompt.item={{title}}", r"prompt\.item"),
         ("train.epochs", r"section\.field=value"),
         ("run.dir.x=3", r"`run\.dir\.x`"),

@@ -14,6 +14,7 @@ from rarec.config.method import Lora
 from rarec.config.neighbours import Neighbours
 from rarec.entry import open_run
 from rarec.errors import UserError
+from rarec.evaluation.results import part_title
 from rarec.models.encode import text_vectors
 from rarec.models.language_model import with_adapter, without_adapter
 from rarec.neighbours.base import plain_texts
@@ -27,7 +28,7 @@ VECTORS_ND = np.array([[3, 0], [1, 0], [2, 3], [2, -3], [0, 0]], np.float32)
 def fitted(vectors_ND, top=9):
     section = Neighbours(top=top)
     model = Semantic(section.config_of("semantic"), None)
-    model.text_vectors = vectors_ND
+    model.vectors_ND = vectors_ND
     return model.fit(SimpleNamespace(n_items=5))
 
 
@@ -104,3 +105,35 @@ def test_an_added_item_has_the_neighbours_of_the_item_that_has_its_words(finishe
     place = known.place(known.items[:4], title, text)
     listed = served.recommend([known.items[:4]], k=10**6)[0]
     assert next(entry.score for entry in listed if entry.item == "new") == pytest.approx(place.score, abs=1e-4)
+
+
+def test_a_source_makes_neighbours_by_its_vectors_and_items_without_one_have_none():
+    section = Neighbours(models=["lexical", "source:sound"], top=9)
+    assert (section.by_name["sound"], section.sources) == ("source:sound", ["sound"])
+    model = section.class_of("sound")(section.config_of("sound"), None)
+    model.vectors_ND = VECTORS_ND
+    assert model.fit(SimpleNamespace(n_items=5)).nnz == 0  # the four are at right angles or opposite
+    model.vectors_ND = np.array([[1, 0], [4, 3], [0, 1], [-5, -4], [0, 0]], np.float32)
+    assert model.fit(SimpleNamespace(n_items=5)).toarray()[[0, 1], [1, 2]] == pytest.approx([0.8, 0.6])
+    assert not model.reads_llm
+    assert part_title("sound") == "alike by sound"
+
+
+@pytest.mark.slow
+def test_a_source_is_an_untrained_baseline_and_needs_no_slots(finished, tmp_path):
+    known = open_run(finished)
+    items = known.dataset.item_ids.whole().to_pylist()
+    np.save(tmp_path / "sound.npy", np.random.default_rng(0).normal(size=(len(items) - 3, 4)).astype(np.float32))
+    (tmp_path / "ids.txt").write_text("".join(f"{item}\n" for item in items[3:]))
+    shutil.copytree(known.root, tmp_path / "run")
+    source = f"{{sound: {{items: {tmp_path}/sound.npy, item_ids: {tmp_path}/ids.txt, missing: fallback}}}}"
+    models = "[cooccurrence, semantic, source:sound]"
+    run = open_run(finished, [f"run.dir={tmp_path}/run", f"sources={source}", f"neighbours.models={models}"])
+    run.run(["ids", "neighbours"])
+    table_NN = run.neighbours["sound"].table_NN
+    assert table_NN[3:, 3:].nnz == table_NN.nnz > 0
+    assert list(run.sources) == ["id"]
+    assert not (run.directory("neighbours", "sound") / "vectors.npy").exists()
+    run.stage("shards").require()  # stays as it was: the prompts have no such slots
+    run.run(["evaluate"], fresh=True)
+    assert {"sound", "per_layer+id+cheap/without_sound"} <= set(run.ranks()["variant"])

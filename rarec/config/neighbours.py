@@ -11,6 +11,9 @@ from rarec.config.section import Count, Positive, Rate, Section, Share, Weight, 
 KIND = "neighbour_models"
 REFIT = ".refit"
 """End of the name of a table that was counted again, with the validation interactions (`evaluate.refit`)."""
+SOURCE = "source:"
+"""Begins an entry that is the section of `sources` of that name, as neighbours by its vectors alone."""
+_OF_SOURCE = "rarec.neighbours.semantic:OfSource"
 BUILT_IN = tuple(KINDS[KIND].built_in)
 _OWN_TITLES: dict[str, str] = {}
 """Titles of the models of the user's own that this process has met, by name."""
@@ -26,10 +29,10 @@ class NeighbourConfig(Section):
 def _check_model(entry: str) -> str:
     """Validate an entry of `neighbours.models`, and return it."""
     if entry not in BUILT_IN:
-        model = find(KIND, entry)
+        model, source = _class_of(entry), source_of(entry)
         name = _name_of(entry)
         check_own_name(entry, name, (*BUILT_IN, *VARIANTS, *NO_VARIANTS, "id", "new"))
-        _OWN_TITLES[name] = model.title
+        _OWN_TITLES[name] = f"{model.title} {source}" if source else model.title
     return entry
 
 
@@ -41,8 +44,8 @@ class Neighbours(Section):
     )
     """Tables to make; `[]` makes none. `cooccurrence` (item-kNN): bought by the same users; `transition`: bought soon
     after; `ease`: a linear item-item model in closed form; `lexical`: similar words in title and text (TF-IDF);
-    `semantic`: titles and texts that the frozen language model reads alike; or ones of your own as
-    `package.module:Name`."""
+    `semantic`: titles and texts that the frozen language model reads alike; `source:NAME`: alike by the vectors of a
+    section of `sources`; or ones of your own as `package.module:Name`."""
     top: Positive = 200
     """Neighbours kept for each item."""
     newest: Positive = 10
@@ -83,7 +86,7 @@ class Neighbours(Section):
         """Validate the settings by the `Config` of every neighbour model of the user's own."""
         if len(info.data) < len(cls.model_fields) - 1:  # another field is wrong
             return given
-        configs = [find(KIND, entry).Config for entry in info.data["models"] if entry not in BUILT_IN]
+        configs = [_class_of(entry).Config for entry in info.data["models"] if entry not in BUILT_IN]
         known = {name for config in configs for name in config.model_fields} - set(cls.model_fields)
         check_settings(given, sorted(known))
         for config in configs:
@@ -94,13 +97,18 @@ class Neighbours(Section):
     def by_name(self) -> dict[str, str]:
         """The entries of `models` by the names of the models, in folders and results.
 
-        The name of one of the user's own is the `Name` of `package.module:Name`.
+        The name of one of the user's own is the `Name` of `package.module:Name`; of a source, that of the source.
         """
         return {_name_of(entry): entry for entry in self.models}
 
+    @property
+    def sources(self) -> list[str]:
+        """The sections of `sources` whose vectors make a table."""
+        return [source for entry in self.models if (source := source_of(entry))]
+
     def class_of(self, name: str) -> Any:
         """Return the class of a model, a `NeighbourModel`, by its name."""
-        return find(KIND, self.by_name.get(name, name))
+        return _class_of(self.by_name.get(name, name))
 
     def config_of(self, name: str) -> NeighbourConfig:
         """Return the settings that shape the table of a model, by its name."""
@@ -115,6 +123,15 @@ def built_in(name: str) -> Any:
 def neighbour_titles() -> dict[str, str]:
     """Return the titles of all neighbour models that this process has met, by name."""
     return {name: find(KIND, name).title for name in BUILT_IN} | _OWN_TITLES
+
+
+def source_of(entry: str) -> str | None:
+    """Return the source whose vectors make the table of an entry of `neighbours.models`; None for any other entry."""
+    return entry.removeprefix(SOURCE) if entry.startswith(SOURCE) else None
+
+
+def _class_of(entry: str) -> Any:
+    return find(KIND, _OF_SOURCE if source_of(entry) else entry)
 
 
 def _name_of(entry: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rarec.config.ids import IMPORTED_FILES, OLDER, Ids, Import
 from rarec.config.method import Alignment, Llm, Lora, Loss, Prompt, Readout, Variant, VariantName, variant_of
-from rarec.config.neighbours import REFIT, Neighbours
+from rarec.config.neighbours import REFIT, SOURCE, Neighbours
 from rarec.config.section import (
     Blocks,
     ColumnName,
@@ -367,18 +367,23 @@ class RunConfig(Section):
     def _consistent(self) -> "RunConfig":
         if "id" in self.sources:
             raise ValueError("sources: `id` is the name of the ID embeddings themselves; choose another name")
+        if unknown := [name for name in self.neighbours.sources if name not in self.sources]:
+            known = ", ".join(self.sources) or "none"
+            raise ValueError(f"neighbours.models: `{SOURCE}{unknown[0]}` needs a section of `sources` (there: {known})")
         return self
 
     @property
     def sources_by_name(self) -> dict[str, Ids | Import]:
         """The section of every source whose vectors become slots, `id` first."""
-        return {"id": self.ids, **self.sources}
+        texts = self.prompt.user + self.prompt.item + self.prompt.title
+        idle = {name for name in self.neighbours.sources if f"{{soft:{name}}}" not in texts}
+        return {"id": self.ids, **{name: section for name, section in self.sources.items() if name not in idle}}
 
     @property
     def vectors_by_name(self) -> dict[str, Ids | Import]:
         """The section of everything that `rarec ids` makes, in its order: the sources, and the ID models of samples."""
         first = {OLDER: self.ids} if self.ids.for_samples != ["id"] else {}
-        return {**first, **self.sources_by_name, **dict.fromkeys(self.ids.for_samples, self.ids)}
+        return {**first, "id": self.ids, **self.sources, **dict.fromkeys(self.ids.for_samples, self.ids)}
 
     @property
     def neighbour_tables(self) -> list[str]:

@@ -79,7 +79,7 @@ class NeighbourModel(ABC):
         title: its name in tables and reports.
         knows_new_items: whether it scores items that do not occur in training.
         reads_llm: whether it needs the language model's vectors of texts.
-        text_vectors: these, of titles and texts, (N, D); set before the table is made.
+        vectors_ND: these, of titles and texts, or the vectors of a source; set before the table is made.
         limit: the field of the `Config` that is the largest catalogue for it.
         needs: what the data lacks if no item has a neighbour.
     """
@@ -88,7 +88,7 @@ class NeighbourModel(ABC):
     title: ClassVar[str]
     knows_new_items: ClassVar[bool] = False
     reads_llm: ClassVar[bool] = False
-    text_vectors: Float32 | None = None
+    vectors_ND: Float32 | None = None
     limit: ClassVar[str | None] = None
     needs: ClassVar[str] = "no user has two different items"
 

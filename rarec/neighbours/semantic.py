@@ -47,9 +47,10 @@ class Semantic(NeighbourModel):
 
     def fit(self, dataset: PreparedDataset) -> sparse.csr_matrix:
         """See `NeighbourModel`."""
-        if self.text_vectors is None:
-            raise UserError("`semantic` was given no language model", "make the table by: rarec neighbours CONFIG")
-        vectors_ND = directions(self.text_vectors)
+        if self.vectors_ND is None:
+            problem = f"`{type(self).__name__}` was given no vectors of the language model or of a source"
+            raise UserError(problem, "make the table by: rarec neighbours CONFIG")
+        vectors_ND = directions(self.vectors_ND)
         return matrix_of(_near(vectors_ND, vectors_ND, 0, self.config.top), dataset.n_items)
 
     @classmethod
@@ -64,6 +65,14 @@ class Semantic(NeighbourModel):
     ) -> "Meanings | None":
         """See `NeighbourModel`."""
         return None if vectors is None else Meanings(vectors, untitled, table_NN, top)
+
+
+class OfSource(Semantic):
+    """Items whose vectors of a source are alike: what it says of the items before any training. See `source:NAME`."""
+
+    title = "alike by"
+    reads_llm = False
+    needs = "no two items have a vector"
 
 
 class Meanings:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rarec.config.ids import FOLD, IMPORTED_FILES, OLDER, Ids, Import, Recipe
-from rarec.config.neighbours import REFIT, Neighbours
+from rarec.config.neighbours import REFIT, Neighbours, source_of
 from rarec.errors import UserError, redacted_setting
 from rarec.stages.run import Run
 from rarec.stages.stage import Built, Stage
@@ -198,7 +198,13 @@ class NeighboursStage(Stage):
 
     def inputs(self) -> dict[str, Stage]:
         """See `Stage`."""
-        return {"prepare": self.run.stage("prepare")}
+        source = {f"ids/{self.source}": self.run.stage("ids", self.source)} if self.source else {}
+        return {"prepare": self.run.stage("prepare"), **source}
+
+    @property
+    def source(self) -> str | None:
+        """The source whose vectors make the table, if one does."""
+        return source_of(self.run.config.neighbours.by_name[self.model_name])
 
     @property
     def reads_llm(self) -> bool:
@@ -228,13 +234,15 @@ class NeighboursStage(Stage):
         model = config.class_of(self.model_name)(config.config_of(self.model_name), engine)
         fits = n_items <= model.largest
         if model.reads_llm and fits:
-            model.text_vectors = self._text_vectors()
+            model.vectors_ND = self._text_vectors()
+        elif self.source:
+            model.vectors_ND = run.source(self.source).items_NE
         top = model.config.top
 
         def write() -> None:
             pairs = figures["pairs"] = write_table(model.rows(dataset) if fits else (), directory)
-            if model.text_vectors is not None:
-                np.save(directory / VECTORS, model.text_vectors, allow_pickle=False)
+            if model.reads_llm and model.vectors_ND is not None:
+                np.save(directory / VECTORS, model.vectors_ND, allow_pickle=False)
             lacking = model.needs if fits else f"more items than neighbours.{model.limit}"
             few = f"; all that there are, fewer than neighbours.top, {top:,}" if top >= n_items else ""
             note = few if pairs else f": {lacking}, so it will add nothing"

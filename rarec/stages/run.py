@@ -263,16 +263,24 @@ class Run:
         stage.require()
         return PreparedDataset.open(stage.directory)
 
+    def source(self, name: str) -> "Source":
+        """Return the vectors that `rarec ids` has made under a name."""
+        from rarec.ids.source import open_source
+
+        directory = self.stage("ids", name).checked()
+        section = self.config.vectors_by_name[name]
+        return open_source(directory, section.recipe if isinstance(section, Ids) else None)
+
     @cached_property
     def sources(self) -> dict[str, "Source"]:
         """Every source of vectors that become slots, `id` first."""
-        return {name: self._source(name) for name in self.config.sources_by_name}
+        return {name: self.source(name) for name in self.config.sources_by_name}
 
     @cached_property
     def sample_sources(self) -> "list[dict[str, Source]]":
         """The sources as the samples of each part of the users read them, with an `id` that has not seen them."""
         names = self.config.ids.for_samples
-        return [{**self.sources, "id": self._source(name)} if name != "id" else self.sources for name in names]
+        return [{**self.sources, "id": self.source(name)} if name != "id" else self.sources for name in names]
 
     @cached_property
     def neighbours(self) -> "dict[str, NeighbourRanker]":
@@ -338,7 +346,8 @@ class Run:
         for name in self.shapes:
             if name not in named and not (name == "id" and named):  # another source may take the place of the IDs
                 problem = f"source {name!r} is in none of prompt.user, prompt.title and prompt.item"
-                raise UserError(problem, f"write {{soft:{name}}} where its slots should go")
+                remedy = f"write {{soft:{name}}} where its slots should go, or source:{name} in neighbours.models"
+                raise UserError(problem, remedy)
         return pair
 
     def encoder(self, model: "RaRec", sources: "dict[str, Source] | None" = None) -> "Encoder":
@@ -357,13 +366,6 @@ class Run:
     def llm_hash(self) -> str:
         """Hash of the language model, wherever it is."""
         return sha256_json({key: value for key, value in self.llm.identity.items() if key not in ("name", "revision")})
-
-    def _source(self, name: str) -> "Source":
-        from rarec.ids.source import open_source
-
-        directory = self.stage("ids", name).checked()
-        section = self.config.vectors_by_name[name]
-        return open_source(directory, section.recipe if isinstance(section, Ids) else None)
 
     def _neighbours(self, name: str) -> "NeighbourRanker":
         from rarec.neighbours.base import TABLE, read_table
