@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarec.bundle.conditions import matching
-from rarec.bundle.recommended import Asked, Request
-from rarec.bundle.rules import Rules, diversified
+from rarec.bundle.recommended import Request
+from rarec.bundle.rules import Asked, Rules, diversified
 from rarec.errors import UserError
 
 TIMES = pa.array([1_700_000_000_000_000, 1_710_000_000_000_000, None, 1_690_000_000_000_000], pa.timestamp("us"))

@@ -20,8 +20,8 @@ from scipy.sparse import csr_matrix
 
 from rarec.bundle.base_recommender import chances
 from rarec.bundle.bundle import FACTS, MODEL, REMEDY, TEXTS, Bundle, Float32, Rows
-from rarec.bundle.recommended import BY_DEFAULT, Asked
 from rarec.bundle.row import Part, Row, Table
+from rarec.bundle.rules import BY_DEFAULT, Asked
 from rarec.distributed.world import SINGLE, World
 from rarec.errors import UserError
 from rarec.evaluation.results import part_title

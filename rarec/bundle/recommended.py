@@ -88,30 +88,6 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The rules under which a row was evaluated, and under which it serves: the fields of `evaluate` of that name.
-
-    Attributes:
-        exclude_seen: whether the items of a history may not be returned, unless a request says otherwise.
-        max_history: number of newest items of a history that are read; None for all.
-    """
-
-    exclude_seen: bool = True
-    max_history: int | None = None
-
-    def known(self, history: Rows) -> Rows:
-        """Return the part of a history that is read."""
-        return history if self.max_history is None else history[-self.max_history :]
-
-    def seen(self, history: Rows) -> Rows:
-        """Return the items of a history that may not be returned."""
-        return history if self.exclude_seen else history[:0]
-
-
-BY_DEFAULT = Asked()
-
-
-@dataclass(frozen=True)
 class Request:
     """What one user asks for; see `Recommender.recommend`."""
 

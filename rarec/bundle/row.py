@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from rarec.bundle.recommended import BY_DEFAULT, Asked, Catalogue, Rows
+from rarec.bundle.recommended import Catalogue, Rows
+from rarec.bundle.rules import BY_DEFAULT, Asked
 from rarec.config.neighbours import built_in
 from rarec.errors import UserError
 from rarec.neighbours.scores import item_weights, part_scores, shares

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from rarec.bundle.conditions import matching
-from rarec.bundle.recommended import BY_DEFAULT, Asked, History, Id, Request, Rows
+from rarec.bundle.recommended import History, Id, Request, Rows
 from rarec.errors import UserError
 
 Float32 = npt.NDArray[np.float32]
@@ -28,6 +28,30 @@ FEWEST, MOST = 100, 1000
 _LISTS = 'give a list of item ids for each user: [["sku-1", "sku-7"], ["sku-2"]]'
 KEPT = 16
 """Conditions whose items are kept."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The rules under which a row was evaluated, and under which it serves: the fields of `evaluate` of that name.
+
+    Attributes:
+        exclude_seen: whether the items of a history may not be returned, unless a request says otherwise.
+        max_history: number of newest items of a history that are read; None for all.
+    """
+
+    exclude_seen: bool = True
+    max_history: int | None = None
+
+    def known(self, history: Rows) -> Rows:
+        """Return the part of a history that is read."""
+        return history if self.max_history is None else history[-self.max_history :]
+
+    def seen(self, history: Rows) -> Rows:
+        """Return the items of a history that may not be returned."""
+        return history if self.exclude_seen else history[:0]
+
+
+BY_DEFAULT = Asked()
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from rarec.bundle.base_recommender import BaseRecommender, Float32, NotOffered
-from rarec.bundle.recommended import Asked, Catalogue, Rows
+from rarec.bundle.recommended import Catalogue, Rows
 from rarec.bundle.row import Part, Row, Table
-from rarec.bundle.rules import Plan
+from rarec.bundle.rules import Asked, Plan
 from rarec.config.method import Prompt
 from rarec.errors import UserError
 from rarec.export import CATALOGUE, ITEM, TABLES, TOKENIZER
