@@ -530,10 +530,14 @@ def test_what_the_slots_add_by_stratum_is_drawn(path):
     row = "per_layer+id - text_only+id"
     finish(first, RANKS[17], strata=[stratum(row, bucket, 0.02) for bucket in ("0-3", "4-9")])
     finish(second, RANKS[18], strata=[stratum(row, "0-3", 0.01)])
-    words(f"<!-- strata plot: gain sweep:plain:{row} -->", "RESULTS.md")
+    words(
+        f"<!-- strata plot: gain sweep:plain:{row} -->\n{{{{sweep:plain:{row} hr@100 in popularity 0-3 mean}}}}\n",
+        "RESULTS.md",
+    )
     collected(path)
     made = pages()["RESULTS.md"]
     assert "![HR@100 of RA-Rec (per layer) + ID minus text only + ID by stratum](docs/results/gain.svg)" in made
+    assert "\n1.5\n" in made  # points of the mean of two seeds
     drawn = pages()["docs/results/gain.svg"]
     assert all(text in drawn for text in ("popularity", "0-3", "4-9"))
     words("<!-- strata plot: gain sweep:plain:per_layer - text_only -->", "RESULTS.md")

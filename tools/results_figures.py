@@ -5,7 +5,7 @@ A text cites a figure in double braces:
 {{RUN:VARIANT METRIC}}                  .2699 (.2645 to .2751): the mean and its 95% interval
 {{RUN:VARIANT - VARIANT METRIC}}        4.0 (3.7 to 4.3): a paired difference in points of .01
 {{RUN:VARIANT - RUN:VARIANT METRIC}}    the same between two runs, over the users and seeds that both have
-{{RUN:VARIANT METRIC in STRATUM}}       HR@100 of some of the users, as `met in training 0`
+{{RUN:VARIANT METRIC in STRATUM}}       HR@100 of some of the users, as `met in training 0`; also of a difference of a run
 {{RUN users}}, {{RUN seeds}}            how many
 
 RUN may be SWEEP:RUN for a run of another sweep. ` mean` at the end leaves out the interval, and several metrics with
@@ -160,9 +160,11 @@ class Figures:
         if form["stratum"]:
             if metric != HITS:
                 raise UserError(f"there is no `{metric}` by stratum", f"ask for {HITS}")
-            interval = self.stratum(sweep, run, variant, form["stratum"])
+            row = MINUS.join((variant, form["other"])) if form["other"] else variant
+            interval = self.stratum(sweep, run, row, form["stratum"])
             several = len(self.run(sweep, run)["seeds"]) > 1
-            return cell(interval, mean=mean or (interval.low == interval.high and several))
+            shown = points if form["other"] else cell
+            return shown(interval, mean=mean or (interval.low == interval.high and several))
         if form["other"] is None:
             return cell(self.interval(sweep, run, variant, metric), mean=mean)
         other = form["other"] if ":" in form["other"] else f"{run}:{form['other']}"
