@@ -5,7 +5,7 @@ A text cites a figure in double braces:
 {{RUN:VARIANT METRIC}}                  .2699 (.2645 to .2751): the mean and its 95% interval
 {{RUN:VARIANT - VARIANT METRIC}}        4.0 (3.7 to 4.3): a paired difference in points of .01
 {{RUN:VARIANT - RUN:VARIANT METRIC}}    the same between two runs, over the users and seeds that both have
-{{RUN:VARIANT METRIC in STRATUM}}       HR@100 of some of the users, as `met in training 0`; also of a difference of a run
+{{RUN:VARIANT METRIC in STRATUM}}       HR@100 of some of the users, as `met in training 0`; of a difference too
 {{RUN users}}, {{RUN seeds}}            how many
 
 RUN may be SWEEP:RUN for a run of another sweep. ` mean` at the end leaves out the interval, and several metrics with
