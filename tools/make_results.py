@@ -61,6 +61,9 @@ _FILLED = re.compile(
 _STRATA_PLOT = re.compile(r"<!-- strata plot: (?P<name>[\w-]+) (?P<sweep>\w+):(?P<run>[^:]+):(?P<pair>.+?) -->")
 _PLOT = re.compile(r"<!-- plot: (?P<name>[\w-]+) (?P<metric>\S+)\n(?P<rows>.+?)\n-->", re.DOTALL)
 
+APART = (Path("RESULTS.md"), Path("docs/compare.md"))
+"""Pages of several sweeps; their words have the same name."""
+
 
 class Pages:
     """All pages that are made from `results/`, as their texts.
@@ -79,9 +82,9 @@ class Pages:
         self.texts: dict[Path, str] = {}
         for sweep in self.figures.sweeps:
             self._sweep(sweep)
-        if (self.words / "RESULTS.md").exists():
-            page = Path("RESULTS.md")
-            self.texts[page] = self._written(page, self.words / page.name, {})
+        for page in APART:
+            if (self.words / page.name).exists():
+                self.texts[page] = self._written(page, self.words / page.name, {})
         readme = root / "README.md"
         if readme.exists():
             self.texts[Path("README.md")] = self._filled(readme.read_text(encoding="utf-8"))
